@@ -1,0 +1,3 @@
+//! The daemon of a node and PID 1 of its nest.
+
+pub mod config;
