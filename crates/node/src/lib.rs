@@ -1,3 +1,4 @@
 //! The daemon of a node and PID 1 of its nest.
 
 pub mod config;
+pub mod peers;

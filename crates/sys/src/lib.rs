@@ -1,1 +1,5 @@
 //! sys
+
+pub mod peergroups;
+pub mod pidfd;
+pub mod termination;
