@@ -48,7 +48,7 @@ fn await_connection(socket: &impl std::os::fd::AsFd, within: Duration) -> io::Re
             Err(Errno::INTR) => continue,
             Err(e) => return Err(e.into()),
             Ok(0) => return Err(io::Error::new(io::ErrorKind::TimedOut, "no answer in time")),
-            Ok(_) => return Ok(sockopt::socket_error(socket)?.map_err(io::Error::from)?),
+            Ok(_) => return sockopt::socket_error(socket)?.map_err(io::Error::from),
         }
     }
 }
