@@ -6,3 +6,4 @@
 //! limit; iteration order is that of the keys (`BTreeMap`), never of a hash.
 
 pub mod allotment;
+pub mod table;
