@@ -11,6 +11,7 @@ pub mod ids;
 pub mod image;
 pub mod peer;
 pub mod stream;
+pub mod relocation;
 
 /// The version both ends must share; sent in every [`peer::Hello`].
 pub const PROTOCOL: u32 = 1;
