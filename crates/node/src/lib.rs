@@ -3,3 +3,4 @@
 pub mod config;
 pub mod peers;
 pub mod processes;
+pub mod streams;

@@ -10,8 +10,8 @@ pub mod frame;
 pub mod ids;
 pub mod image;
 pub mod peer;
-pub mod stream;
 pub mod relocation;
+pub mod stream;
 
 /// The version both ends must share; sent in every [`peer::Hello`].
 pub const PROTOCOL: u32 = 1;

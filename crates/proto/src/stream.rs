@@ -86,15 +86,17 @@ pub enum StreamFrame {
     Flushed(u64),
     /// From the origin: the input has ended.
     End,
-    /// From the relay: its process has left it for `to`; stop sending input.
-    Leave {
-        /// Where the run's top process is now.
-        to: Slot,
-    },
+    /// From the relay: its process leaves it; stop sending input.
+    Leave,
     /// From the origin: no input follows this.
     Left,
-    /// From the relay, after `Left`: the input that was received and not read, to go first to the new place.
-    Unread(Vec<u8>),
+    /// From the relay, after `Left`: where the run's top process is, and the input that was received and not read.
+    Unread {
+        /// Where the input goes from now on.
+        to: Slot,
+        /// What goes there first.
+        bytes: Vec<u8>,
+    },
     /// From the origin: the terminal's size changed.
     Resize(WindowSize),
     /// From the relay: what the terminal is like now.
