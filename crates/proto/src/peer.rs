@@ -10,7 +10,7 @@
 
 use crate::control::{ExitStatus, Failure, NodeStatus, ProcessRow};
 use crate::ids::{ImageId, Incarnation, MoveId, Pid, RunId, Slot};
-use crate::stream::{StreamOpen, TtyState};
+use crate::stream::StreamOpen;
 use serde::{Deserialize, Serialize};
 
 /// The first frame of every connection between daemons.
@@ -140,12 +140,6 @@ pub enum PeerRequest {
         /// The run.
         run: RunId,
     },
-    /// To the origin of a run: the state of its terminal, as the node that gave the process up last told it (`Tty`,
-    /// `NotHere`).
-    Terminal {
-        /// The run.
-        run: RunId,
-    },
 }
 
 /// What a parent is told of a child.
@@ -176,8 +170,6 @@ pub enum PeerReply {
     NotYet,
     /// The process or run is not, or no longer, on the called node: ask its home again.
     NotHere,
-    /// To `Terminal`.
-    Tty(TtyState),
     /// It could not be done.
     Failed(Failure),
 }

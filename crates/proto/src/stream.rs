@@ -73,8 +73,6 @@ pub enum StreamFrame {
     Resume {
         /// Bytes since the relay's first.
         received: u64,
-        /// What the terminal is like, where the stream is one.
-        tty: Option<TtyState>,
     },
     /// Bytes of the stream; at most 64 KiB.
     Data(Vec<u8>),
@@ -99,13 +97,11 @@ pub enum StreamFrame {
     },
     /// From the origin: the terminal's size changed.
     Resize(WindowSize),
-    /// From the relay: what the terminal is like now.
-    Tty(TtyState),
     /// From the origin: nobody reads or writes the run's streams any more.
     Close,
 }
 
-/// A terminal's settings, as far as a move carries them.
+/// A terminal's settings, as a move of a run's top process carries them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TtyState {
     /// c_iflag, c_oflag, c_cflag, c_lflag.

@@ -11,7 +11,7 @@ use super::{PIECE_BYTES, Side, terminal};
 use dunlin_proto::control::WindowSize;
 use dunlin_proto::frame;
 use dunlin_proto::ids::{RunId, Slot};
-use dunlin_proto::stream::{StreamFrame, StreamKind, StreamOpen, TtyState, WINDOW_BYTES};
+use dunlin_proto::stream::{StreamFrame, StreamKind, StreamOpen, WINDOW_BYTES};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, BufReader};
 use std::net::{Shutdown, TcpStream};
@@ -54,7 +54,6 @@ struct Switch {
     /// Bytes that came back after they were reported to the caller as taken.
     reported: usize,
     relays: BTreeMap<u64, RelayEnd>,
-    tty: Option<TtyState>,
     closed: bool,
 }
 
@@ -78,7 +77,6 @@ impl Streams {
             ended: false,
             reported: 0,
             relays: BTreeMap::new(),
-            tty: None,
             closed: false,
         };
         let (ports, switch) = (Mutex::default(), Mutex::new(switch));
@@ -157,9 +155,6 @@ impl Streams {
     /// The caller's terminal has another size.
     pub fn resize(&self, size: WindowSize) -> io::Result<()> {
         let mut switch = self.lock();
-        if let Some(tty) = &mut switch.tty {
-            tty.size = size;
-        }
         for relay in switch.relays.values_mut().filter(|r| r.stream == StreamKind::Tty) {
             relay.send(StreamFrame::Resize(size));
         }
@@ -168,16 +163,6 @@ impl Streams {
             Some(master) => terminal::resize(&master, size),
             None => Ok(()),
         }
-    }
-
-    /// What the terminal was like when it was last left.
-    pub fn tty(&self) -> Option<TtyState> {
-        self.lock().tty
-    }
-
-    /// Remembers what the terminal is like.
-    pub fn set_tty(&self, state: TtyState) {
-        self.lock().tty = Some(state);
     }
 
     /// The top process goes from here to `to`: what it has not read goes with it.
@@ -252,7 +237,6 @@ impl Streams {
             return Ok(None);
         }
         let (link, messages) = channel::<StreamFrame>();
-        let tty = switch.tty.filter(|_| open.stream.stream == StreamKind::Tty);
         self.make_room(&mut switch, from, &open);
         let relay = switch.relays.entry(open.relay).or_insert_with(|| RelayEnd {
             node: from,
@@ -272,12 +256,9 @@ impl Streams {
         let missing = missing.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a relay counts wrongly"))?;
         relay.links += 1;
         let number = relay.links;
-        // Its settings are those of a connection before it was made; a relay that had one knows better.
-        let tty = tty.filter(|_| number == 1);
         relay.link = Some(link);
         relay.send(StreamFrame::Resume {
             received: relay.received,
-            tty,
         });
         let again: Vec<u8> = relay
             .untaken
@@ -361,7 +342,6 @@ impl Streams {
                 self.taken(newly as usize);
             }
             StreamFrame::Flush(number) => relay.send(StreamFrame::Flushed(number)),
-            StreamFrame::Tty(state) => switch.tty = Some(state),
             StreamFrame::Leave => {
                 relay.send(StreamFrame::Left);
                 let node = relay.node;
@@ -416,12 +396,6 @@ impl Streams {
             && let Some(port) = self.input_port()
         {
             port.release_input();
-            if let (Some(tty), Some(master)) = (switch.tty, port.far())
-                && port.stream() == StreamKind::Tty
-                && let Err(e) = terminal::set_state(&master, &tty)
-            {
-                tracing::warn!("the terminal of a run that came home keeps its old settings: {e}");
-            }
         }
         self.route(switch);
     }

@@ -10,7 +10,7 @@ use super::{PIECE_BYTES, Side, terminal};
 use crate::peers::PeerError;
 use dunlin_proto::frame;
 use dunlin_proto::ids::Slot;
-use dunlin_proto::stream::{StreamFrame, StreamKind, StreamOpen, StreamRef, TtyState, WINDOW_BYTES};
+use dunlin_proto::stream::{StreamFrame, StreamKind, StreamOpen, StreamRef, WINDOW_BYTES};
 use std::collections::VecDeque;
 use std::io::{self, BufReader};
 use std::net::{Shutdown, TcpStream};
@@ -122,12 +122,9 @@ impl Relay {
     }
 
     /// Returns when everything written so far is in its place in the run's output. Its writers must be frozen.
-    pub fn settle(&self, tty: Option<TtyState>) -> io::Result<()> {
+    pub fn settle(&self) -> io::Result<()> {
         self.port().drain();
         let mut state = self.lock();
-        if let Some(tty) = tty {
-            state.send(StreamFrame::Tty(tty));
-        }
         state.flushes += 1;
         let number = state.flushes;
         state.send(StreamFrame::Flush(number));
@@ -218,7 +215,7 @@ impl Relay {
         let resume: StreamFrame = frame::read(&mut from)?;
         stream.set_read_timeout(None)?;
         match resume {
-            StreamFrame::Resume { received, tty } => self.link_up(received, tty, stream)?,
+            StreamFrame::Resume { received } => self.link_up(received, stream)?,
             StreamFrame::Close => {
                 self.close();
                 return Ok(());
@@ -232,10 +229,7 @@ impl Relay {
         }
     }
 
-    fn link_up(&self, received: u64, tty: Option<TtyState>, mut stream: TcpStream) -> io::Result<()> {
-        if let (Some(tty), Some(far)) = (tty, self.port().far()) {
-            terminal::set_state(&far, &tty)?;
-        }
+    fn link_up(&self, received: u64, mut stream: TcpStream) -> io::Result<()> {
         let (link, frames) = channel::<StreamFrame>();
         let mut state = self.lock();
         state.acknowledge(received)?;
@@ -294,11 +288,9 @@ impl Relay {
                 self.close();
                 return Ok(false);
             }
-            StreamFrame::Resume { .. }
-            | StreamFrame::Flush(_)
-            | StreamFrame::Leave
-            | StreamFrame::Unread { .. }
-            | StreamFrame::Tty(_) => return Err(unexpected(&message)),
+            StreamFrame::Resume { .. } | StreamFrame::Flush(_) | StreamFrame::Leave | StreamFrame::Unread { .. } => {
+                return Err(unexpected(&message));
+            }
         }
         self.changed.notify_all();
         Ok(!self.is_closed())

@@ -185,7 +185,7 @@ fn output_of_two_nodes_in_turn_keeps_its_order() {
         expected.extend(&piece);
         let piece = vec![round + 100; 2000];
         out.write_all(&piece).unwrap();
-        there.settle(None).unwrap();
+        there.settle().unwrap();
         expected.extend(&piece);
     }
     assert!(origin.output(expected.len()) == expected);
@@ -269,11 +269,11 @@ fn a_terminal_is_carried_with_its_settings_and_what_was_typed_ahead() {
     origin.streams.input(b"typed ahead");
     assert_eq!(read(&mut here, 6), b"typed ");
 
-    origin.streams.set_tty(terminal::state(far()).unwrap());
     let (relay, mut there) = Node::new(2, &origin).relay(StreamKind::Tty);
+    terminal::set_state(relay.port().far().unwrap(), &terminal::state(far()).unwrap()).unwrap();
+    assert_eq!(terminal::state(relay.port().far().unwrap()).unwrap(), settings);
     origin.streams.leave_here(Slot(2)).unwrap();
     assert_eq!(read(&mut there, 5), b"ahead");
-    assert_eq!(terminal::state(relay.port().far().unwrap()).unwrap(), settings);
     there.write_all(b"seen\n").unwrap();
     assert_eq!(origin.output(6), b"seen\r\n");
 
