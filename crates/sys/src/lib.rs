@@ -6,9 +6,12 @@
 
 pub mod foothold;
 pub mod inspect;
+pub mod pagemap;
 pub mod procfs;
 pub mod ptrace;
 pub mod script;
+pub mod uffd;
+pub mod vmcopy;
 
 /// A kernel error number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
