@@ -4,6 +4,7 @@
 //! a node, a move or a cluster is. Invariants: every file descriptor is an `OwnedFd`; every unsafe block says why it is
 //! sound; a kernel answer is parsed, never asserted.
 
+pub mod addfd;
 pub mod foothold;
 pub mod inspect;
 pub mod pagemap;
