@@ -321,7 +321,7 @@ mod tests {
         assert_eq!(comm, "one-with-a-long\n");
         let name = rustix::net::getsockname(&socket).unwrap();
         rustix::net::sendto(
-            &rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None).unwrap(),
+            rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None).unwrap(),
             b"not a report",
             rustix::net::SendFlags::empty(),
             &name,
@@ -344,6 +344,7 @@ mod tests {
              signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\n\
              os.execv('{path}', ['parent'])"
         );
+        #[allow(clippy::zombie_processes)] // `Ended` waits for it.
         let mut child = std::process::Command::new("python3")
             .args(["-c", &script])
             .stdin(std::process::Stdio::piped())
