@@ -5,12 +5,19 @@
 //! sound; a kernel answer is parsed, never asserted.
 
 pub mod addfd;
+pub mod fdpass;
 pub mod foothold;
 pub mod inspect;
+pub mod namespace;
+pub mod nudge;
 pub mod pagemap;
 pub mod procfs;
 pub mod ptrace;
 pub mod script;
+pub mod seccomp;
+pub mod sigwait;
+pub mod spawn;
+pub mod surrogate;
 pub mod uffd;
 pub mod vmcopy;
 
