@@ -5,4 +5,6 @@ pub mod config;
 pub mod files;
 pub mod install;
 pub mod obstacle;
+pub mod peers;
+pub mod processes;
 pub mod restore;

@@ -10,6 +10,7 @@ pub mod frame;
 pub mod ids;
 pub mod image;
 pub mod peer;
+pub mod stream;
 pub mod relocation;
 
 /// The version both ends must share; sent in every [`peer::Hello`].

@@ -47,3 +47,7 @@ pub(crate) fn check(answer: i64) -> Result<i64, Errno> {
         Ok(answer)
     }
 }
+//! sys
+pub mod peergroups;
+pub mod pidfd;
+pub mod termination;
