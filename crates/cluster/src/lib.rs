@@ -1,1 +1,3 @@
 //! cluster
+
+pub mod page_map;
