@@ -7,3 +7,5 @@
 
 pub mod allotment;
 pub mod table;
+//! cluster
+pub mod page_map;
