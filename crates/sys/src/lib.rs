@@ -4,11 +4,15 @@
 //! a node, a move or a cluster is. Invariants: every file descriptor is an `OwnedFd`; every unsafe block says why it is
 //! sound; a kernel answer is parsed, never asserted.
 
+pub mod addfd;
 pub mod foothold;
 pub mod inspect;
+pub mod pagemap;
 pub mod procfs;
 pub mod ptrace;
 pub mod script;
+pub mod uffd;
+pub mod vmcopy;
 
 /// A kernel error number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
