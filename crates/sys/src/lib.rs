@@ -11,6 +11,8 @@ pub mod inspect;
 pub mod namespace;
 pub mod nudge;
 pub mod pagemap;
+pub mod peergroups;
+pub mod pidfd;
 pub mod procfs;
 pub mod ptrace;
 pub mod script;
@@ -18,6 +20,7 @@ pub mod seccomp;
 pub mod sigwait;
 pub mod spawn;
 pub mod surrogate;
+pub mod termination;
 pub mod uffd;
 pub mod vmcopy;
 
@@ -47,7 +50,3 @@ pub(crate) fn check(answer: i64) -> Result<i64, Errno> {
         Ok(answer)
     }
 }
-//! sys
-pub mod peergroups;
-pub mod pidfd;
-pub mod termination;
