@@ -9,6 +9,7 @@ pub mod control;
 pub mod frame;
 pub mod ids;
 pub mod image;
+pub mod pages;
 pub mod peer;
 pub mod relocation;
 pub mod stream;

@@ -40,7 +40,11 @@ mod tests {
     fn ones_own_groups_are_seen_through_a_socket() {
         let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
         let mut seen = super::peer_groups(&a).unwrap();
-        let mut own: Vec<u32> = rustix::process::getgroups().unwrap().iter().map(|g| g.as_raw()).collect();
+        let mut own: Vec<u32> = rustix::process::getgroups()
+            .unwrap()
+            .iter()
+            .map(|g| g.as_raw())
+            .collect();
         seen.sort();
         own.sort();
         assert_eq!(seen, own);

@@ -59,16 +59,21 @@ pub fn send(pidfd: impl AsFd, signal: i32, info: Option<&[u8; SIGINFO_BYTES]>) -
 
 fn send_raw(pidfd: &impl AsFd, signal: i32, info: *const u8) -> io::Result<()> {
     // SAFETY: the kernel reads SIGINFO_BYTES bytes from `info`, which is null or points to an array of that size.
-    let r = unsafe {
-        libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_fd().as_raw_fd(), signal, info, 0)
-    };
-    if r == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    let r = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_fd().as_raw_fd(), signal, info, 0) };
+    if r == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// The wait status of a process that has been reaped; `None` if it has not been, or if this kernel does not tell
 /// (before Linux 6.15).
 pub fn exit_status(pidfd: impl AsFd) -> io::Result<Option<i32>> {
-    let mut info = PidfdInfo { mask: PIDFD_INFO_EXIT, ..PidfdInfo::default() };
+    let mut info = PidfdInfo {
+        mask: PIDFD_INFO_EXIT,
+        ..PidfdInfo::default()
+    };
     // SAFETY: the request carries the size of the structure, which the kernel fills at most.
     let r = unsafe { libc::ioctl(pidfd.as_fd().as_raw_fd(), PIDFD_GET_INFO, &mut info) };
     if r == 0 {
@@ -108,7 +113,10 @@ mod tests {
         let mut info = [0u8; SIGINFO_BYTES];
         info[8..12].copy_from_slice(&libc::SI_USER.to_ne_bytes());
         send(&fd, libc::SIGUSR1, Some(&info)).unwrap();
-        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()), Some(libc::SIGUSR1));
+        assert_eq!(
+            std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()),
+            Some(libc::SIGUSR1)
+        );
         assert_eq!(send(&fd, 0, None).unwrap_err().raw_os_error(), Some(libc::ESRCH));
     }
 
@@ -119,9 +127,16 @@ mod tests {
             print('up',flush=True)\n\
             i=signal.sigwaitinfo([signal.SIGRTMIN])\n\
             print(i.si_code,i.si_pid,i.si_uid,flush=True)";
-        for (code, expected) in [(libc::SI_USER, "-1 1234 77"), (libc::SI_QUEUE, "-1 1234 77"), (libc::SI_MESGQ, "-3 1234 77")] {
-            let mut child =
-                Command::new("python3").args(["-c", script]).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        for (code, expected) in [
+            (libc::SI_USER, "-1 1234 77"),
+            (libc::SI_QUEUE, "-1 1234 77"),
+            (libc::SI_MESGQ, "-3 1234 77"),
+        ] {
+            let mut child = Command::new("python3")
+                .args(["-c", script])
+                .stdout(std::process::Stdio::piped())
+                .spawn()
+                .unwrap();
             let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
             assert_eq!(lines.next().unwrap().unwrap(), "up");
             let mut info = [0u8; SIGINFO_BYTES];
