@@ -4,9 +4,11 @@ pub mod capture;
 pub mod config;
 pub mod files;
 pub mod install;
+pub mod logs;
 pub mod obstacle;
 pub mod peers;
 pub mod processes;
 
 pub mod restore;
+pub mod runs;
 pub mod streams;
