@@ -26,14 +26,14 @@ use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Lineage, MappingKind, Pages, Plan, ProcessImage, ThreadImage, Traits};
 use dunlin_sys::foothold::{Foothold, FootholdError};
 use dunlin_sys::inspect;
-use dunlin_sys::pagemap;
+use dunlin_sys::pagemap::{self, Query};
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::parse_timers;
 use dunlin_sys::procfs::maps::{Mapping, VmFlags};
 use dunlin_sys::procfs::status::Status;
 use dunlin_sys::ptrace::{Options, Registers, Running, Stop, Stopped, TraceError};
 use dunlin_sys::script::{Script, ScriptError};
-use questions::{ProcessAnswers, ProcessQuestions, ThreadQuestions};
+use questions::{ProcessAnswers, ProcessQuestions};
 use sleep::Sleeps;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -71,7 +71,10 @@ impl From<TraceError> for CaptureError {
     fn from(error: TraceError) -> Self {
         match error {
             TraceError::Gone { .. } => CaptureError::Gone,
-            source => CaptureError::Kernel { what: "tracing", source: source.into() },
+            source => CaptureError::Kernel {
+                what: "tracing",
+                source: source.into(),
+            },
         }
     }
 }
@@ -80,7 +83,10 @@ impl From<FootholdError> for CaptureError {
     fn from(error: FootholdError) -> Self {
         match error {
             FootholdError::Trace(error) => error.into(),
-            source => CaptureError::Kernel { what: "gaining a foothold", source: source.into() },
+            source => CaptureError::Kernel {
+                what: "gaining a foothold",
+                source: source.into(),
+            },
         }
     }
 }
@@ -89,7 +95,10 @@ impl From<ScriptError> for CaptureError {
     fn from(error: ScriptError) -> Self {
         match error {
             ScriptError::Trace(error) => error.into(),
-            source => CaptureError::Kernel { what: "a script", source: source.into() },
+            source => CaptureError::Kernel {
+                what: "a script",
+                source: source.into(),
+            },
         }
     }
 }
@@ -100,7 +109,10 @@ impl From<io::Error> for CaptureError {
             // What /proc answers for a task that has gone.
             Some(3) => CaptureError::Gone,
             _ if source.kind() == io::ErrorKind::NotFound => CaptureError::Gone,
-            _ => CaptureError::Kernel { what: "reading /proc", source: source.into() },
+            _ => CaptureError::Kernel {
+                what: "reading /proc",
+                source: source.into(),
+            },
         }
     }
 }
@@ -163,6 +175,7 @@ impl Source {
             Some(again) if stop == Stop::Interrupt => again,
             _ => registers,
         };
+        let filters = freeze::own_filters(&thread, status.seccomp_filters, nest_filters);
         let asked = first_stop(thread, host, &timers);
         // Whatever came of it, the program must run on as it was.
         let thread = Stopped::assume(host);
@@ -172,11 +185,20 @@ impl Source {
             .and_then(|()| thread.detach(0));
         let (foothold, answers) = asked?;
         undone?;
+        let seccomp = filters?;
 
         let mut obstacles = Vec::new();
         let hole = foothold.range();
         let listing = space::listing(&dir)?;
-        let space = space::read(pid, &dir, hole, dir.stat()?.layout, answers.brk, &listing, &mut obstacles)?;
+        let space = space::read(
+            pid,
+            &dir,
+            hole,
+            dir.stat()?.layout,
+            answers.brk,
+            &listing,
+            &mut obstacles,
+        )?;
         let glimpses = descriptors::glimpse(&dir)?;
         let files = descriptors::read(pid, host, &glimpses, around, met, &mut obstacles)?;
         let manners = read_manners(pid, host, &dir, &mut obstacles)?;
@@ -198,7 +220,7 @@ impl Source {
                     files,
                     signals: answers.signals.clone(),
                     threads: Vec::new(),
-                    seccomp: Vec::new(),
+                    seccomp,
                     stopped_by: None,
                 },
                 file_pages: Vec::new(),
@@ -238,7 +260,10 @@ impl Source {
 
     /// The files through which its pages can be read, now and for as long as the address space lives.
     pub fn memory(&self) -> io::Result<Memory> {
-        Ok(Memory { memory: self.memory.try_clone()?, pagemap: self.pagemap.try_clone()? })
+        Ok(Memory {
+            memory: self.memory.try_clone()?,
+            pagemap: self.pagemap.try_clone()?,
+        })
     }
 
     /// The pages that the program wrote in private mappings of files: they cannot be fetched on demand, because the
@@ -247,10 +272,14 @@ impl Source {
         let mut runs = Vec::new();
         for mapping in &self.plan.image.space.mappings {
             if let MappingKind::PrivateFile { .. } = mapping.kind {
-                for (start, end) in pagemap::anonymous_pages(&self.pagemap, mapping.start, mapping.end)? {
-                    let mut bytes = vec![0u8; (end - start) as usize];
-                    self.memory.read_exact_at(&mut bytes, start)?;
-                    runs.push(Pages { address: start, bytes });
+                for range in pagemap::scan(&self.pagemap, mapping.start, mapping.end, Query::CONTENT) {
+                    let range = range.map_err(io::Error::from)?;
+                    let mut bytes = vec![0u8; (range.end - range.start) as usize];
+                    self.memory.read_exact_at(&mut bytes, range.start)?;
+                    runs.push(Pages {
+                        address: range.start,
+                        bytes,
+                    });
                 }
             }
         }
@@ -291,15 +320,21 @@ fn refuse_at_once(pid: Pid, dir: &ProcDir, status: &Status) -> Result<(), Captur
             "use seccomp filters instead of strict mode",
         ));
     }
-    if obstacles.is_empty() { Ok(()) } else { Err(CaptureError::Obstacles(obstacles)) }
+    if obstacles.is_empty() {
+        Ok(())
+    } else {
+        Err(CaptureError::Obstacles(obstacles))
+    }
 }
 
 /// Stops one thread; one that does not stop is an obstacle.
 fn stop_one(pid: Pid, running: Running) -> Result<(Stopped, Stop), CaptureError> {
-    running.stop(Instant::now() + STOP_PATIENCE).map_err(|error| match error {
-        TraceError::Unstoppable { tid, .. } => CaptureError::Obstacles(vec![unstoppable(pid, tid)]),
-        other => other.into(),
-    })
+    running
+        .stop(Instant::now() + STOP_PATIENCE)
+        .map_err(|error| match error {
+            TraceError::Unstoppable { tid, .. } => CaptureError::Obstacles(vec![unstoppable(pid, tid)]),
+            other => other.into(),
+        })
 }
 
 fn unstoppable(pid: Pid, tid: i32) -> Obstacle {
@@ -358,7 +393,9 @@ fn read_manners(
         let thread = ProcDir::thread(host, tid);
         // A thread that has ended meanwhile is simply not there.
         let Ok(status) = thread.status() else { continue };
-        let Some(number) = status.ns_pids.last().copied() else { continue };
+        let Some(number) = status.ns_pids.last().copied() else {
+            continue;
+        };
         if tid != host {
             for (what, words) in [
                 (inspect::Sharing::Files, "a descriptor table of its own"),
@@ -411,8 +448,11 @@ fn clocks(dir: &ProcDir) -> [i64; 2] {
         now.tv_sec * 1_000_000_000 + now.tv_nsec
     };
     let [monotonic, boottime] = time_offsets(&dir.text("timens_offsets").unwrap_or_default());
-    let [own_monotonic, own_boottime] =
-        time_offsets(&ProcDir::process(std::process::id() as i32).text("timens_offsets").unwrap_or_default());
+    let [own_monotonic, own_boottime] = time_offsets(
+        &ProcDir::process(std::process::id() as i32)
+            .text("timens_offsets")
+            .unwrap_or_default(),
+    );
     [
         ours(ClockId::Monotonic) + monotonic - own_monotonic,
         ours(ClockId::Boottime) + boottime - own_boottime,
@@ -459,7 +499,12 @@ fn placeholder(tid: Pid) -> ThreadImage {
 
 /// Registers of a thread that waits at the arena's park until it is told otherwise.
 pub fn parked(foothold: &Foothold, registers: &Registers) -> Registers {
-    Registers { rip: foothold.arena.park_address(), orig_rax: u64::MAX, rax: 0, ..*registers }
+    Registers {
+        rip: foothold.arena.park_address(),
+        orig_rax: u64::MAX,
+        rax: 0,
+        ..*registers
+    }
 }
 
 #[cfg(test)]

@@ -46,7 +46,9 @@ impl FileError {
         match self {
             FileError::Open(_) => "put the file at the same path on the destination (a shared file system does that)",
             FileError::Differs(_) => "bring both nodes to the same version of the file",
-            FileError::NotShared => "keep the file on a shared file system and name it in `shared` of both nodes' configurations",
+            FileError::NotShared => {
+                "keep the file on a shared file system and name it in `shared` of both nodes' configurations"
+            }
         }
     }
 }
@@ -70,10 +72,14 @@ pub fn open_same(
 ) -> Result<OwnedFd, FileError> {
     let path = Path::new(OsStr::from_bytes(&file.path));
     let relative = path.strip_prefix("/").unwrap_or(path);
-    let relative = if relative.as_os_str().is_empty() { Path::new(".") } else { relative };
+    let relative = if relative.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        relative
+    };
     let flags = flags - (OFlags::CREATE | OFlags::EXCL | OFlags::TRUNC) | OFlags::CLOEXEC | OFlags::NOCTTY;
-    let opened = openat2(root, relative, flags, Mode::empty(), ResolveFlags::IN_ROOT)
-        .map_err(|e| FileError::Open(e.into()))?;
+    let opened =
+        openat2(root, relative, flags, Mode::empty(), ResolveFlags::IN_ROOT).map_err(|e| FileError::Open(e.into()))?;
     let is_shared = shared.iter().any(|s| path.starts_with(s));
     if wanted == Use::Identity && !is_shared {
         return Err(FileError::NotShared);
@@ -121,11 +127,23 @@ mod tests {
         use std::os::fd::AsFd;
         let open = |f: &FileRef, w, s: &[PathBuf]| open_same(here.as_fd(), f, OFlags::RDONLY, w, s);
         assert!(open(&described, Use::Content, &[]).is_ok());
-        assert!(matches!(open(&described, Use::Identity, &[]), Err(FileError::NotShared)));
+        assert!(matches!(
+            open(&described, Use::Identity, &[]),
+            Err(FileError::NotShared)
+        ));
         assert!(open(&described, Use::Identity, &["/etc".into()]).is_ok());
-        let grown = FileRef { size: described.size + 1, ..described.clone() };
-        assert!(matches!(open(&grown, Use::Content, &[]), Err(FileError::Differs("its size"))));
-        let gone = FileRef { path: b"/nowhere".to_vec(), ..described };
+        let grown = FileRef {
+            size: described.size + 1,
+            ..described.clone()
+        };
+        assert!(matches!(
+            open(&grown, Use::Content, &[]),
+            Err(FileError::Differs("its size"))
+        ));
+        let gone = FileRef {
+            path: b"/nowhere".to_vec(),
+            ..described
+        };
         assert!(matches!(open(&gone, Use::Content, &[]), Err(FileError::Open(_))));
     }
 }

@@ -1,5 +1,12 @@
 //! The daemon of a node and PID 1 of its nest.
 
+pub mod capture;
 pub mod config;
+pub mod files;
 pub mod init;
+pub mod install;
 pub mod nest;
+pub mod obstacle;
+pub mod peers;
+pub mod processes;
+pub mod restore;

@@ -14,7 +14,13 @@ pub fn obstacle(
     why: impl Into<String>,
     hint: impl Into<String>,
 ) -> Obstacle {
-    Obstacle { pid, kind: kind.into(), object: object.to_string(), why: why.into(), hint: hint.into() }
+    Obstacle {
+        pid,
+        kind: kind.into(),
+        object: object.to_string(),
+        why: why.into(),
+        hint: hint.into(),
+    }
 }
 
 /// One obstacle about a descriptor.
@@ -25,7 +31,13 @@ pub fn descriptor(pid: Pid, number: i32, what: impl Display, why: &str, hint: &s
 /// One obstacle about a mapping.
 pub fn mapping(pid: Pid, range: (u64, u64), what: &[u8], why: &str, hint: &str) -> Obstacle {
     let what = String::from_utf8_lossy(what);
-    obstacle(pid, "mapping", format_args!("mapping {:x}-{:x} {what}", range.0, range.1), why, hint)
+    obstacle(
+        pid,
+        "mapping",
+        format_args!("mapping {:x}-{:x} {what}", range.0, range.1),
+        why,
+        hint,
+    )
 }
 
 /// Obstacles in one line, for a log or an error.

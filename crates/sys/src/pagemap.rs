@@ -99,7 +99,13 @@ pub struct Range {
 /// Scans `start..end`, a buffer at a time. `fd` is an open `/proc/PID/pagemap`.
 pub fn scan<Fd: AsFd>(fd: Fd, start: u64, end: u64, query: Query) -> Scan<Fd> {
     let found = Vec::with_capacity(RANGES_PER_CALL).into_iter();
-    Scan { fd, next: start, end, query, found }
+    Scan {
+        fd,
+        next: start,
+        end,
+        query,
+        found,
+    }
 }
 
 /// The ranges of a scan, ascending. An error ends it.
@@ -172,7 +178,14 @@ fn scan_once(fd: &impl AsFd, start: u64, end: u64, query: Query) -> Result<(Vec<
     if walked <= start {
         return Err(Errno(libc::EIO));
     }
-    let found = found.iter().map(|r| Range { start: r[0], end: r[1], kinds: Kinds(r[2]) }).collect();
+    let found = found
+        .iter()
+        .map(|r| Range {
+            start: r[0],
+            end: r[1],
+            kinds: Kinds(r[2]),
+        })
+        .collect();
     Ok((found, walked))
 }
 
@@ -203,6 +216,8 @@ pub fn entries(pagemap: &File, start: u64, count: usize) -> Result<impl Iterator
     // A short answer means that the address space is gone: nothing has content.
     bytes[read..].fill(0);
     Ok((0..count.min(64)).map(move |i| {
-        Entry(u64::from_ne_bytes(bytes[8 * i..8 * i + 8].try_into().expect("eight bytes")))
+        Entry(u64::from_ne_bytes(
+            bytes[8 * i..8 * i + 8].try_into().expect("eight bytes"),
+        ))
     }))
 }

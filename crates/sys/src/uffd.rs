@@ -46,9 +46,8 @@ impl Features {
     pub const WP_ASYNC: Features = Features(1 << 15);
 
     /// The four events about changes of the address space: without all of them its pages cannot be followed.
-    pub const CHANGES: Features = Features(
-        Self::EVENT_FORK.0 | Self::EVENT_REMAP.0 | Self::EVENT_REMOVE.0 | Self::EVENT_UNMAP.0,
-    );
+    pub const CHANGES: Features =
+        Features(Self::EVENT_FORK.0 | Self::EVENT_REMAP.0 | Self::EVENT_REMOVE.0 | Self::EVENT_UNMAP.0);
 
     const NAMES: [(Features, &'static str); 12] = [
         (Self::EVENT_FORK, "EVENT_FORK"),
@@ -278,7 +277,9 @@ impl Uffd {
             }
         };
         // SAFETY: the kernel has just returned this descriptor; nobody else owns it.
-        Ok(Uffd { fd: unsafe { OwnedFd::from_raw_fd(fd) } })
+        Ok(Uffd {
+            fd: unsafe { OwnedFd::from_raw_fd(fd) },
+        })
     }
 
     /// Takes one that another process made (by `pidfd_getfd`), and makes it non-blocking: a blocking one cannot be
@@ -294,7 +295,10 @@ impl Uffd {
 
     /// A second descriptor of the same userfaultfd: it ends when the last one is closed.
     pub fn try_clone(&self) -> Result<Uffd, UffdError> {
-        let fd = self.fd.try_clone().map_err(|e| UffdError::Create(Errno(e.raw_os_error().unwrap_or(0))))?;
+        let fd = self
+            .fd
+            .try_clone()
+            .map_err(|e| UffdError::Create(Errno(e.raw_os_error().unwrap_or(0))))?;
         Ok(Uffd { fd })
     }
 
@@ -389,7 +393,13 @@ impl Uffd {
     /// Is the address space still there? Asks for a page where none can be registered and looks at the excuse.
     pub fn is_alive(&self) -> bool {
         // The last page below the hole: the kernel never maps it on x86-64.
-        !matches!(self.zero(0x7fff_ffff_f000 - 4096, 4096), Ok(Installed { stopped: Some(Stop::Gone), .. }))
+        !matches!(
+            self.zero(0x7fff_ffff_f000 - 4096, 4096),
+            Ok(Installed {
+                stopped: Some(Stop::Gone),
+                ..
+            })
+        )
     }
 
     /// Appends the messages that are there, at most [`MESSAGES_PER_READ`], and returns how many. The kernel hands out
@@ -420,7 +430,12 @@ impl Uffd {
     ) -> Result<(), UffdError> {
         // SAFETY: as this function's own.
         let answer = unsafe { self.ioctl(request, argument) };
-        answer.map_err(|errno| UffdError::Range { call, start, len, errno })
+        answer.map_err(|errno| UffdError::Range {
+            call,
+            start,
+            len,
+            errno,
+        })
     }
 
     /// # Safety
@@ -454,15 +469,30 @@ fn installed(
 ) -> Result<Installed, UffdError> {
     let bytes = if (done as i64) > 0 { done } else { 0 };
     let stopped = match answer {
-        Ok(()) => return Ok(Installed { bytes: len, stopped: None }),
+        Ok(()) => {
+            return Ok(Installed {
+                bytes: len,
+                stopped: None,
+            });
+        }
         // A partial copy also ends in EAGAIN, whatever stopped it: going on from there shows the true reason.
         Err(Errno(libc::EAGAIN)) => Stop::Changing,
         Err(Errno(libc::EEXIST)) => Stop::Exists,
         Err(Errno(libc::ENOENT)) => Stop::NotRegistered,
         Err(Errno(libc::ESRCH)) => Stop::Gone,
-        Err(errno) => return Err(UffdError::Range { call, start, len, errno }),
+        Err(errno) => {
+            return Err(UffdError::Range {
+                call,
+                start,
+                len,
+                errno,
+            });
+        }
     };
-    Ok(Installed { bytes, stopped: Some(stopped) })
+    Ok(Installed {
+        bytes,
+        stopped: Some(stopped),
+    })
 }
 
 fn parse(message: &[u8]) -> Result<Option<Event>, UffdError> {
@@ -481,11 +511,23 @@ fn parse(message: &[u8]) -> Result<Option<Event>, UffdError> {
             let number = word(8) as u32 as i32;
             // SAFETY: the kernel has put this new descriptor into our table for this message; nobody else knows it.
             let fd = unsafe { OwnedFd::from_raw_fd(number) };
-            Event::Fork { child: Uffd::from_fd(fd)? }
+            Event::Fork {
+                child: Uffd::from_fd(fd)?,
+            }
         }
-        0x14 => Event::Remap { from: word(8), to: word(16), len: word(24) },
-        0x15 => Event::Remove { start: word(8), end: word(16) },
-        0x16 => Event::Unmap { start: word(8), end: word(16) },
+        0x14 => Event::Remap {
+            from: word(8),
+            to: word(16),
+            len: word(24),
+        },
+        0x15 => Event::Remove {
+            start: word(8),
+            end: word(16),
+        },
+        0x16 => Event::Unmap {
+            start: word(8),
+            end: word(16),
+        },
         // Only what was negotiated is sent.
         _ => return Ok(None),
     }))

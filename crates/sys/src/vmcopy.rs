@@ -16,7 +16,10 @@ pub fn open_mem(pid: i32) -> io::Result<File> {
 
 /// Opens `/proc/PID/mem` for reading and writing.
 pub fn open_mem_writable(pid: i32) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/mem"))
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(format!("/proc/{pid}/mem"))
 }
 
 /// Opens `/proc/PID/pagemap`.
@@ -51,11 +54,20 @@ pub const MAX_SPANS: usize = 64;
 pub fn gather(pid: i32, spans: &[Span], into: &mut [u8]) -> Result<usize, Errno> {
     let total: usize = spans.iter().map(|s| s.len).sum();
     assert!(spans.len() <= MAX_SPANS && total <= into.len(), "spans do not fit");
-    let mut remote = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_SPANS];
+    let mut remote = [libc::iovec {
+        iov_base: std::ptr::null_mut(),
+        iov_len: 0,
+    }; MAX_SPANS];
     for (slot, span) in remote.iter_mut().zip(spans) {
-        *slot = libc::iovec { iov_base: span.address as *mut libc::c_void, iov_len: span.len };
+        *slot = libc::iovec {
+            iov_base: span.address as *mut libc::c_void,
+            iov_len: span.len,
+        };
     }
-    let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: total };
+    let local = libc::iovec {
+        iov_base: into.as_mut_ptr().cast(),
+        iov_len: total,
+    };
     // SAFETY: the kernel writes at most `total` bytes into `into`, which is that long; remote addresses are checked
     // by the kernel against the other process's address space.
     let read = unsafe { libc::process_vm_readv(pid, &local, 1, remote.as_ptr(), spans.len() as u64, 0) };

@@ -41,7 +41,11 @@ pub fn glimpse(dir: &ProcDir) -> io::Result<Vec<Glimpse>> {
         let (Ok(link), Ok(info)) = (dir.link(&format!("fd/{number}")), dir.text(&format!("fdinfo/{number}"))) else {
             continue;
         };
-        all.push(Glimpse { number, link, info: FdInfo::parse(&info)? });
+        all.push(Glimpse {
+            number,
+            link,
+            info: FdInfo::parse(&info)?,
+        });
     }
     Ok(all)
 }
@@ -71,7 +75,12 @@ pub fn read(
             Some(key) => key,
             None => {
                 let key = met.len() as u64 + 1;
-                met.push(Met { host, number: glimpse.number, glimpse: glimpse.clone(), key });
+                met.push(Met {
+                    host,
+                    number: glimpse.number,
+                    glimpse: glimpse.clone(),
+                    key,
+                });
                 key
             }
         };
@@ -128,7 +137,13 @@ fn describe(
 ) -> io::Result<Result<DescriptionKind, Refusal>> {
     let what = glimpse.link.display();
     let refuse = |why: &str, hint: &str| {
-        Ok(Err(Box::new(obstacle::descriptor(pid, glimpse.number, &what, why, hint))))
+        Ok(Err(Box::new(obstacle::descriptor(
+            pid,
+            glimpse.number,
+            &what,
+            why,
+            hint,
+        ))))
     };
     let link = dir.path(&format!("fd/{}", glimpse.number));
     let text = glimpse.link.as_os_str().as_encoded_bytes();
@@ -145,7 +160,10 @@ fn describe(
         );
     }
     if text.starts_with(b"socket:") {
-        return refuse("sockets cannot be moved yet", "close the connection, or keep the process on this node");
+        return refuse(
+            "sockets cannot be moved yet",
+            "close the connection, or keep the process on this node",
+        );
     }
     let file = file_ref(&link)?;
     if glimpse.info.flags & O_PATH != 0 {
@@ -159,17 +177,30 @@ fn describe(
         0o040_000 => Ok(Ok(DescriptionKind::Directory(file))),
         0o100_000 if text.ends_with(b" (deleted)") => {
             if text.starts_with(b"/memfd:") {
-                return refuse("shared memory (memfd) cannot be moved yet", "close it, or keep the process on this node");
+                return refuse(
+                    "shared memory (memfd) cannot be moved yet",
+                    "close it, or keep the process on this node",
+                );
             }
             if file.size > MAX_DELETED_BYTES {
-                return refuse("it has no name and is too large to travel (256 MiB)", "close it before the move");
+                return refuse(
+                    "it has no name and is too large to travel (256 MiB)",
+                    "close it before the move",
+                );
             }
             if around.shared_outside(host, &link)? {
-                return refuse("it has no name and another process has it open", "move the tree, or close it");
+                return refuse(
+                    "it has no name and another process has it open",
+                    "move the tree, or close it",
+                );
             }
             let path = text[..text.len() - b" (deleted)".len()].to_vec();
             // Its bytes are read when everything else is known to be fine, and again in the freeze.
-            Ok(Ok(DescriptionKind::Deleted { path, mode: file.mode & 0o7777, bytes: contents(&link, MAX_DELETED_BYTES)? }))
+            Ok(Ok(DescriptionKind::Deleted {
+                path,
+                mode: file.mode & 0o7777,
+                bytes: contents(&link, MAX_DELETED_BYTES)?,
+            }))
         }
         0o100_000 => {
             let writes = glimpse.info.flags & O_ACCMODE != 0;
@@ -188,7 +219,10 @@ fn describe(
             }
             _ => match identify()? {
                 Some(kind) => Ok(Ok(kind)),
-                None => refuse("a device or a foreign terminal cannot be moved", "start the program with `dunlin run`"),
+                None => refuse(
+                    "a device or a foreign terminal cannot be moved",
+                    "start the program with `dunlin run`",
+                ),
             },
         },
         0o010_000 => match identify()? {
@@ -248,6 +282,47 @@ pub fn pipe_kind(
     }))
 }
 
+/// Fills in the bytes of pipes, without taking them out: with the first reading end of each.
+pub fn read_pipes(host: i32, files: &mut Files) -> io::Result<()> {
+    let mut seen = std::collections::BTreeSet::new();
+    for index in 0..files.descriptions.len() {
+        let number = files
+            .table
+            .iter()
+            .find(|d| d.description == index as u32)
+            .map(|d| d.number);
+        if let (
+            DescriptionKind::Pipe {
+                pipe,
+                write: false,
+                capacity,
+                bytes,
+            },
+            Some(number),
+        ) = (&mut files.descriptions[index].kind, number)
+            && seen.insert(*pipe)
+        {
+            *bytes = peek_pipe(host, number, *capacity)?;
+        }
+    }
+    Ok(())
+}
+
+fn peek_pipe(host: i32, number: i32, capacity: u32) -> io::Result<Vec<u8>> {
+    use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, tee};
+    let original = take_descriptor(host, number)?;
+    let (copy_out, copy_in) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+    fcntl_setpipe_size(&copy_in, capacity as usize)?;
+    match tee(&original, &copy_in, capacity as usize, SpliceFlags::NONBLOCK) {
+        Ok(_) | Err(rustix::io::Errno::AGAIN) => {}
+        Err(error) => return Err(error.into()),
+    }
+    drop(copy_in);
+    let mut bytes = Vec::new();
+    io::Read::read_to_end(&mut std::fs::File::from(copy_out), &mut bytes)?;
+    Ok(bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -255,7 +330,13 @@ mod tests {
     #[test]
     fn an_event_counter_is_read() {
         let info = "pos:\t0\nflags:\t02\neventfd-count:               1f\neventfd-id: 3\neventfd-semaphore: 1\n";
-        assert_eq!(event(info), Some(DescriptionKind::Event { count: 0x1f, semaphore: true }));
+        assert_eq!(
+            event(info),
+            Some(DescriptionKind::Event {
+                count: 0x1f,
+                semaphore: true
+            })
+        );
         assert_eq!(event("pos:\t0\n"), None);
     }
 }

@@ -7,15 +7,14 @@
 use super::questions::{ProcessQuestions, ThreadQuestions};
 use super::threads::{self, FrozenThread};
 use super::{
-    CaptureError, Memory, PAGE, SCRIPT_MASK, Source, descriptors, parked, read_traits, sleep, space,
-    stop_one,
+    CaptureError, Memory, PAGE, SCRIPT_MASK, Source, descriptors, parked, read_traits, sleep, space, stop_one,
 };
 use crate::capture::Met;
 use crate::capture::Surroundings;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Child, DescriptionKind, Essence, Files, MappingKind, Pages, ThreadImage};
-use dunlin_sys::foothold::{Foothold, inject};
-use dunlin_sys::pagemap;
+use dunlin_sys::foothold::Foothold;
+use dunlin_sys::pagemap::{self, Query};
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::parse_timers;
 use dunlin_sys::ptrace::{Options, Running, Stop, Stopped};
@@ -39,7 +38,12 @@ impl Source {
     /// Stops all threads. If one does not stop, all run on and the reason comes back with the source.
     pub fn freeze(mut self) -> Result<Frozen, (Box<Source>, CaptureError)> {
         match self.stop_all() {
-            Ok((threads, stopped_by, since)) => Ok(Frozen { source: self, since, threads, stopped_by }),
+            Ok((threads, stopped_by, since)) => Ok(Frozen {
+                source: self,
+                since,
+                threads,
+                stopped_by,
+            }),
             Err(error) => Err((Box::new(self), error)),
         }
     }
@@ -117,7 +121,13 @@ impl Source {
             registers.rip = abort;
         }
         let sleep = self.sleeps.find(self.host, host_tid, &registers, &self.memory);
-        Ok(FrozenThread { thread, tid, registers, mask, sleep })
+        Ok(FrozenThread {
+            thread,
+            tid,
+            registers,
+            mask,
+            sleep,
+        })
     }
 
     fn number_of(&mut self, host_tid: i32) -> Result<Pid, CaptureError> {
@@ -127,16 +137,21 @@ impl Source {
         let status = ProcDir::thread(self.host, host_tid).status()?;
         let tid = Pid(status.ns_pids.last().copied().ok_or(CaptureError::Gone)?);
         let all_cpus = dunlin_sys::inspect::affinity(0).unwrap_or_default();
-        self.manners.insert(host_tid, (tid, threads::manner(self.host, host_tid, &all_cpus)?));
+        self.manners
+            .insert(host_tid, (tid, threads::manner(self.host, host_tid, &all_cpus)?));
         Ok(tid)
     }
 
     /// The vDSO reads clock data of this machine's kernel: half of such a reading must not meet the other machine's.
     fn leave_vdso(&self, mut thread: Stopped) -> Result<Stopped, CaptureError> {
         const MAX_STEPS: u32 = 4000;
-        let kernel_code = self.plan.image.space.mappings.iter().find(|m| {
-            m.kind == MappingKind::Kernel(dunlin_proto::image::KernelMapping::Vdso)
-        });
+        let kernel_code = self
+            .plan
+            .image
+            .space
+            .mappings
+            .iter()
+            .find(|m| m.kind == MappingKind::Kernel(dunlin_proto::image::KernelMapping::Vdso));
         let Some(vdso) = kernel_code else { return Ok(thread) };
         for _ in 0..MAX_STEPS {
             let registers = thread.registers()?;
@@ -172,7 +187,7 @@ impl Frozen {
         }
         let process = process.ok_or(CaptureError::Gone)?;
         let status = self.source.dir.status()?;
-        let leader = &self.threads[0].thread;
+        let leader = Stopped::assume(self.source.host);
         let mut signals = process.signals.clone();
         signals.pending = leader.pending_signals(true)?.into_iter().map(|s| s.to_vec()).collect();
         for (timer, host) in signals.timers.iter_mut().zip(&process.timer_threads) {
@@ -196,7 +211,7 @@ impl Frozen {
             space,
             files,
             signals,
-            seccomp: own_filters(leader, status.seccomp_filters, self.source.nest_filters)?,
+            seccomp: own_filters(&leader, status.seccomp_filters, self.source.nest_filters)?,
             stopped_by: self.stopped_by,
             file_pages,
             file_pages_dropped,
@@ -218,7 +233,15 @@ impl Frozen {
         }
         let listing = space::relisting(&text, &source.listing)?;
         let layout = source.dir.stat()?.layout;
-        let space = space::read(source.pid, &source.dir, source.foothold.range(), layout, brk, &listing, obstacles)?;
+        let space = space::read(
+            source.pid,
+            &source.dir,
+            source.foothold.range(),
+            layout,
+            brk,
+            &listing,
+            obstacles,
+        )?;
         source.listing = listing;
         source.maps_text = text;
         Ok(Some(space))
@@ -233,7 +256,10 @@ impl Frozen {
         let source = &mut self.source;
         let glimpses = descriptors::glimpse(&source.dir)?;
         let travels = |d: &dunlin_proto::image::Description| {
-            matches!(d.kind, DescriptionKind::Deleted { .. } | DescriptionKind::Pipe { .. } | DescriptionKind::Event { .. })
+            matches!(
+                d.kind,
+                DescriptionKind::Deleted { .. } | DescriptionKind::Pipe { .. } | DescriptionKind::Event { .. }
+            )
         };
         if glimpses == source.glimpses && !source.plan.image.files.descriptions.iter().any(travels) {
             return Ok(None);
@@ -254,7 +280,10 @@ impl Frozen {
             for (i, bytes) in run.bytes.chunks(PAGE as usize).enumerate() {
                 let address = run.address + i as u64 * PAGE;
                 if before.remove(&address).is_none_or(|old| old != bytes) {
-                    changed.push(Pages { address, bytes: bytes.to_vec() });
+                    changed.push(Pages {
+                        address,
+                        bytes: bytes.to_vec(),
+                    });
                 }
                 kept.insert(address, bytes.to_vec());
             }
@@ -268,7 +297,9 @@ impl Frozen {
     fn hot_pages(&self, threads: &[ThreadImage]) -> Vec<Pages> {
         let mut wanted = BTreeSet::new();
         for thread in threads {
-            let Some(registers) = threads::from_words(&thread.registers) else { continue };
+            let Some(registers) = threads::from_words(&thread.registers) else {
+                continue;
+            };
             let mut add = |address: u64| {
                 wanted.insert(address & !(PAGE - 1));
             };
@@ -276,7 +307,14 @@ impl Frozen {
             add(registers.rsp.wrapping_sub(128));
             if threads.len() <= 16 {
                 add(registers.rsp + PAGE);
-                for word in [registers.rdi, registers.rsi, registers.rdx, registers.rbx, registers.rbp, registers.r12] {
+                for word in [
+                    registers.rdi,
+                    registers.rsi,
+                    registers.rdx,
+                    registers.rbx,
+                    registers.rbp,
+                    registers.r12,
+                ] {
                     add(word);
                 }
             }
@@ -291,13 +329,16 @@ impl Frozen {
         let anonymous = |address: u64| {
             let mappings = &self.source.plan.image.space.mappings;
             let at = mappings.partition_point(|m| m.end <= address);
-            mappings.get(at).is_some_and(|m| m.start <= address && m.kind == MappingKind::Anonymous)
+            mappings
+                .get(at)
+                .is_some_and(|m| m.start <= address && m.kind == MappingKind::Anonymous)
         };
         let mut pages = Vec::new();
         for address in wanted.into_iter().filter(|a| anonymous(*a)) {
             let mut bytes = vec![0u8; PAGE as usize];
             // A page that was never touched is left to the pager.
-            let present = pagemap::any_present(&self.source.pagemap, address, address + PAGE).unwrap_or(false);
+            let present =
+                pagemap::scan(&self.source.pagemap, address, address + PAGE, Query::CONTENT).any(|range| range.is_ok());
             if present && self.source.memory.read_exact_at(&mut bytes, address).is_ok() {
                 pages.push(Pages { address, bytes });
             }
@@ -308,7 +349,9 @@ impl Frozen {
     /// Points every thread at a pause: from here on a dead daemon means waiting.
     pub fn park(&mut self) -> Result<(), CaptureError> {
         for thread in &self.threads {
-            thread.thread.set_registers(&parked(&self.source.foothold, &thread.registers))?;
+            thread
+                .thread
+                .set_registers(&parked(&self.source.foothold, &thread.registers))?;
             thread.thread.set_signal_mask(u64::MAX)?;
         }
         Ok(())
@@ -410,28 +453,29 @@ impl LeftBehind {
         const SYS_SETRESUID: i64 = 117;
         const AT_EMPTY_PATH: u64 = 0x1000;
         let at = self.foothold.syscall_at;
-        self.leader.set_options(Options { suspend_seccomp: true, ..Options::default() })?;
+        self.leader.set_options(Options {
+            suspend_seccomp: true,
+            ..Options::default()
+        })?;
         // Real, effective or saved root: be root once more, or the exec would lose the way back.
-        let (leader, _) = self.leader.inject(at, SYS_SETRESUID, [u64::from(u32::MAX), 0, u64::from(u32::MAX), 0, 0, 0])?;
+        let (leader, _) = self.leader.inject(
+            at,
+            SYS_SETRESUID,
+            [u64::from(u32::MAX), 0, u64::from(u32::MAX), 0, 0, 0],
+        )?;
         let (leader, program) = install(leader, at)?;
-        let empty = self.foothold.arena.base() + PAGE;
-        let arena = Script::new(&self.foothold.arena);
-        drop(arena);
-        self.foothold.arena.clear_first_words();
+        let empty = Script::new(&self.foothold.arena).text(b"").address;
         let (leader, executed) =
             leader.inject_exec(at, SYS_EXECVEAT, [program as u64, empty, 0, 0, AT_EMPTY_PATH, 0])?;
-        executed.map_err(|errno| CaptureError::Kernel { what: "executing the surrogate", source: errno.into() })?;
+        executed.map_err(|errno| CaptureError::Kernel {
+            what: "executing the surrogate",
+            source: errno.into(),
+        })?;
         Ok(leader.detach(0)?)
-    }
-
-    /// Where calls can be injected.
-    pub fn inject(&self, number: i64, arguments: [u64; 6]) -> Result<u64, CaptureError> {
-        let thread = Stopped::assume(self.leader.tid());
-        Ok(inject(thread, self.foothold.syscall_at, "call", number, arguments)?.1)
     }
 }
 
-fn own_filters(leader: &Stopped, count: Option<u32>, nest: usize) -> Result<Vec<Vec<u8>>, CaptureError> {
+pub(super) fn own_filters(leader: &Stopped, count: Option<u32>, nest: usize) -> Result<Vec<Vec<u8>>, CaptureError> {
     let own = (count.unwrap_or(0) as usize).saturating_sub(nest);
     let mut filters = Vec::with_capacity(own);
     for index in (0..own).rev() {
@@ -447,7 +491,9 @@ fn children(dir: &ProcDir) -> Result<Vec<Child>, CaptureError> {
         let text = dir.text(&format!("task/{tid}/children"))?;
         for host in text.split_ascii_whitespace().filter_map(|n| n.parse::<i32>().ok()) {
             let child = ProcDir::process(host);
-            let (Ok(status), Ok(stat)) = (child.status(), child.stat()) else { continue };
+            let (Ok(status), Ok(stat)) = (child.status(), child.stat()) else {
+                continue;
+            };
             let last = |v: &[i32]| v.last().copied().map_or(Pid(0), Pid);
             children.push(Child {
                 pid: last(&status.ns_pids),

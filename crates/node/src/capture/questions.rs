@@ -74,7 +74,11 @@ impl ProcessQuestions {
             })
             .collect();
         let subreaper = script.bytes(&[0; 4]);
-        script.attempt("prctl", SYS_PRCTL, &[PR_GET_CHILD_SUBREAPER, subreaper.address, 0, 0, 0]);
+        script.attempt(
+            "prctl",
+            SYS_PRCTL,
+            &[PR_GET_CHILD_SUBREAPER, subreaper.address, 0, 0, 0],
+        );
         ProcessQuestions {
             actions,
             interval,
@@ -116,7 +120,9 @@ impl ProcessQuestions {
                 }),
                 timers: timers.clone().map(read_timer).collect(),
             },
-            timer_threads: timers.map(|(timer, ..)| if timer.notify & 4 != 0 { timer.target } else { 0 }).collect(),
+            timer_threads: timers
+                .map(|(timer, ..)| if timer.notify & 4 != 0 { timer.target } else { 0 })
+                .collect(),
             brk: answers.of(self.brk) as u64,
             dumpable: answers.of(self.dumpable).max(0) as u32,
             securebits: answers.of(self.securebits).max(0) as u32,
@@ -153,7 +159,11 @@ impl ThreadQuestions {
         script.call("sigaltstack", SYS_SIGALTSTACK, &[0, alt_stack.address]);
         script.attempt("prctl", SYS_PRCTL, &[PR_GET_TID_ADDRESS, clear_tid.address, 0, 0, 0]);
         script.attempt("prctl", SYS_PRCTL, &[PR_GET_PDEATHSIG, death.address, 0, 0, 0]);
-        ThreadQuestions { alt_stack, clear_tid, death }
+        ThreadQuestions {
+            alt_stack,
+            clear_tid,
+            death,
+        }
     }
 
     /// Reads the answers.
@@ -170,5 +180,10 @@ impl ThreadQuestions {
 }
 
 fn words(bytes: &[u8]) -> Vec<u64> {
-    bytes.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word)).collect()
+    bytes
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .map(|word| u64::from_le_bytes(*word))
+        .collect()
 }

@@ -66,7 +66,14 @@ impl Sleeps {
             return None;
         }
         let now = monotonic_ns();
-        let arguments = [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9];
+        let arguments = [
+            registers.rdi,
+            registers.rsi,
+            registers.rdx,
+            registers.r10,
+            registers.r8,
+            registers.r9,
+        ];
         let (number, ends_ns) = match (registers.orig_rax as i64, self.earlier.get(&tid)) {
             (SYS_RESTART, Some(earlier)) => (earlier.number, earlier.ends_ns),
             // Some other tracer stopped it before us; which call it was is lost. As long as possible is safest.
@@ -74,7 +81,11 @@ impl Sleeps {
             (number, _) => (number, self.ends(process, tid, number, arguments, now, memory)),
         };
         self.earlier.insert(tid, Earlier { number, ends_ns });
-        Some(Sleep { number, arguments, remaining_ns: ends_ns.saturating_sub(now) })
+        Some(Sleep {
+            number,
+            arguments,
+            remaining_ns: ends_ns.saturating_sub(now),
+        })
     }
 
     fn ends(&mut self, process: i32, tid: i32, number: i64, arguments: [u64; 6], now: u64, memory: &File) -> u64 {
@@ -83,7 +94,11 @@ impl Sleeps {
             memory.read_exact_at(&mut bytes, address).ok()?;
             let (seconds, nanos) = bytes.split_at(8);
             let word = |b: &[u8]| b.try_into().map(u64::from_le_bytes).ok();
-            Some(word(seconds)?.saturating_mul(1_000_000_000).saturating_add(word(nanos)?))
+            Some(
+                word(seconds)?
+                    .saturating_mul(1_000_000_000)
+                    .saturating_add(word(nanos)?),
+            )
         };
         let (length, remainder) = match number {
             SYS_NANOSLEEP => (timespec(arguments[0]), arguments[1]),
@@ -155,11 +170,21 @@ pub fn monotonic_ns() -> u64 {
 fn read_sched(process: i32, tid: i32) -> Option<Before> {
     let dir = ProcDir::thread(process, tid);
     let (exec_start_ns, voluntary_switches) = parse_sched(&dir.text("sched").ok()?)?;
-    Some(Before { exec_start_ns, voluntary_switches, cpu: dir.stat().ok()?.processor })
+    Some(Before {
+        exec_start_ns,
+        voluntary_switches,
+        cpu: dir.stat().ok()?.processor,
+    })
 }
 
 fn parse_sched(text: &str) -> Option<(u64, u64)> {
-    let value = |key: &str| text.lines().find(|l| l.starts_with(key))?.rsplit(':').next().map(str::trim);
+    let value = |key: &str| {
+        text.lines()
+            .find(|l| l.starts_with(key))?
+            .rsplit(':')
+            .next()
+            .map(str::trim)
+    };
     let (millis, nanos) = value("se.exec_start")?.split_once('.')?;
     let exec_start = millis.parse::<u64>().ok()? * 1_000_000 + nanos.parse::<u64>().ok()?;
     Some((exec_start, value("nr_voluntary_switches")?.parse().ok()?))

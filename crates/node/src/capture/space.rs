@@ -16,8 +16,9 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 /// Flags of VmFlags that a program can set and that are set again at the destination.
-const CARRIED: &[&[u8; 2]] =
-    &[b"gd", b"lo", b"sr", b"rr", b"dc", b"nr", b"hg", b"nh", b"mg", b"dd", b"wf", b"sl"];
+const CARRIED: &[&[u8; 2]] = &[
+    b"gd", b"lo", b"sr", b"rr", b"dc", b"nr", b"hg", b"nh", b"mg", b"dd", b"wf", b"sl",
+];
 
 /// The mappings with their flags, from `smaps`. Walks the page tables: not for the freeze.
 pub fn listing(dir: &ProcDir) -> io::Result<Vec<(maps::Mapping, VmFlags)>> {
@@ -31,9 +32,17 @@ pub fn relisting(text: &[u8], earlier: &[(maps::Mapping, VmFlags)]) -> io::Resul
         let overlaps = |old: &&(maps::Mapping, VmFlags)| {
             old.0.start < mapping.end && mapping.start < old.0.end && old.0.inode == mapping.inode
         };
-        earlier.iter().find(overlaps).map(|(_, flags)| flags.clone()).unwrap_or_default()
+        earlier
+            .iter()
+            .find(overlaps)
+            .map(|(_, flags)| flags.clone())
+            .unwrap_or_default()
     };
-    Ok(maps::parse(text)?.into_iter().map(|mapping| (flags(&mapping), mapping)).map(|(f, m)| (m, f)).collect())
+    Ok(maps::parse(text)?
+        .into_iter()
+        .map(|mapping| (flags(&mapping), mapping))
+        .map(|(f, m)| (m, f))
+        .collect())
 }
 
 /// Makes the address space of a process portable, leaving out `hole` (our own arena).
@@ -58,15 +67,30 @@ pub fn read(
         match classify(dir, mapping, flags, &mut files)? {
             Ok(kind) => mappings.push(portable(mapping, flags, kind)),
             Err((why, hint)) => {
-                obstacles.push(obstacle::mapping(pid, (mapping.start, mapping.end), &mapping.name, why, hint));
+                obstacles.push(obstacle::mapping(
+                    pid,
+                    (mapping.start, mapping.end),
+                    &mapping.name,
+                    why,
+                    hint,
+                ));
             }
         }
     }
     let l = layout;
     Ok(Space {
         layout: [
-            l.start_code, l.end_code, l.start_data, l.end_data, l.start_brk, brk, l.start_stack, l.arg_start,
-            l.arg_end, l.env_start, l.env_end,
+            l.start_code,
+            l.end_code,
+            l.start_data,
+            l.end_data,
+            l.start_brk,
+            brk,
+            l.start_stack,
+            l.arg_start,
+            l.arg_end,
+            l.env_start,
+            l.env_end,
         ],
         auxv: dir.bytes("auxv")?,
         exe: exe(pid, dir, obstacles)?,
@@ -104,41 +128,65 @@ fn classify(
         b"[vvar]" => Ok(MappingKind::Kernel(KernelMapping::Vvar)),
         b"[vvar_vclock]" => Ok(MappingKind::Kernel(KernelMapping::VvarClock)),
         b"[uprobes]" => Err(("it is being probed", "remove the uprobes on the program")),
-        _ if has(b"ht") => {
-            Err(("explicit huge pages (hugetlbfs) cannot be moved yet", "use transparent huge pages (madvise)"))
-        }
-        _ if has(b"ss") => Err(("it is a shadow stack", "start the program without shadow stacks (GLIBC_TUNABLES)")),
-        _ if has(b"pf") || has(b"io") => {
-            Err(("it is memory of a device", "close the device; processes that drive hardware stay where it is"))
-        }
+        _ if has(b"ht") => Err((
+            "explicit huge pages (hugetlbfs) cannot be moved yet",
+            "use transparent huge pages (madvise)",
+        )),
+        _ if has(b"ss") => Err((
+            "it is a shadow stack",
+            "start the program without shadow stacks (GLIBC_TUNABLES)",
+        )),
+        _ if has(b"pf") || has(b"io") => Err((
+            "it is memory of a device",
+            "close the device; processes that drive hardware stay where it is",
+        )),
         _ if !mapping.has_file() && !mapping.shared => Ok(MappingKind::Anonymous),
         name if name.ends_with(b" (deleted)") || name.starts_with(b"/memfd:") || name.starts_with(b"/SYSV") => {
             if mapping.shared {
-                Err(("shared memory cannot be moved yet", "stop the sharing processes, or keep them on this node"))
+                Err((
+                    "shared memory cannot be moved yet",
+                    "stop the sharing processes, or keep them on this node",
+                ))
             } else {
-                Err(("its file was deleted or replaced", "restart the program, so that it maps the file that is there now"))
+                Err((
+                    "its file was deleted or replaced",
+                    "restart the program, so that it maps the file that is there now",
+                ))
             }
         }
-        name if name.starts_with(b"anon_inode:") || name.starts_with(b"socket:") => {
-            Err(("a ring or buffer shared with the kernel cannot be moved", "run the program with io_uring, perf and packet rings off"))
-        }
+        name if name.starts_with(b"anon_inode:") || name.starts_with(b"socket:") => Err((
+            "a ring or buffer shared with the kernel cannot be moved",
+            "run the program with io_uring, perf and packet rings off",
+        )),
         name if !name.starts_with(b"/") => Err(("it is of an unknown kind", "please report it")),
         _ => {
             let path = dir.path(&format!("map_files/{:x}-{:x}", mapping.start, mapping.end));
             let file = files.index(mapping, &path)?;
             if files.files[file as usize].mode & libc_s_ifmt() != libc_s_ifreg() {
-                Err(("it maps a device", "close the device; processes that drive hardware stay where it is"))
+                Err((
+                    "it maps a device",
+                    "close the device; processes that drive hardware stay where it is",
+                ))
             } else if mapping.shared {
-                Ok(MappingKind::SharedFile { file, offset: mapping.offset, writable: has(b"mw") })
+                Ok(MappingKind::SharedFile {
+                    file,
+                    offset: mapping.offset,
+                    writable: has(b"mw"),
+                })
             } else {
-                Ok(MappingKind::PrivateFile { file, offset: mapping.offset })
+                Ok(MappingKind::PrivateFile {
+                    file,
+                    offset: mapping.offset,
+                })
             }
         }
     })
 }
 
 fn libc_s_ifmt() -> u32 {
-    rustix::fs::FileType::Symlink.as_raw_mode() | rustix::fs::FileType::Fifo.as_raw_mode() | rustix::fs::FileType::Directory.as_raw_mode()
+    rustix::fs::FileType::Symlink.as_raw_mode()
+        | rustix::fs::FileType::Fifo.as_raw_mode()
+        | rustix::fs::FileType::Directory.as_raw_mode()
 }
 
 fn libc_s_ifreg() -> u32 {
@@ -147,7 +195,11 @@ fn libc_s_ifreg() -> u32 {
 
 fn portable(mapping: &maps::Mapping, flags: &VmFlags, kind: MappingKind) -> Mapping {
     let protection = u32::from(mapping.read) | u32::from(mapping.write) << 1 | u32::from(mapping.execute) << 2;
-    let name = mapping.name.strip_prefix(b"[anon:").and_then(|n| n.strip_suffix(b"]")).map(<[u8]>::to_vec);
+    let name = mapping
+        .name
+        .strip_prefix(b"[anon:")
+        .and_then(|n| n.strip_suffix(b"]"))
+        .map(<[u8]>::to_vec);
     Mapping {
         start: mapping.start,
         end: mapping.end,
@@ -172,7 +224,10 @@ impl FileTable {
             return Ok(*index);
         }
         let index = self.files.len() as u32;
-        self.files.push(FileRef { path: mapping.name.clone(), ..file_ref(path)? });
+        self.files.push(FileRef {
+            path: mapping.name.clone(),
+            ..file_ref(path)?
+        });
         self.by_inode.insert(key, index);
         Ok(index)
     }

@@ -32,7 +32,12 @@ impl<'a> Surroundings<'a> {
         moving: Vec<i32>,
         staying: Vec<(i32, Pid)>,
     ) -> Surroundings<'a> {
-        Surroundings { identify, moving, staying, holders: OnceCell::new() }
+        Surroundings {
+            identify,
+            moving,
+            staying,
+            holders: OnceCell::new(),
+        }
     }
 
     /// Whether a process that stays has the file behind this link open (through whatever description: the check errs
@@ -44,7 +49,11 @@ impl<'a> Surroundings<'a> {
 
     /// A process that stays and has this pipe open.
     pub fn pipe_outside(&self, inode: u64) -> io::Result<Option<Pid>> {
-        Ok(self.holders().iter().find(|((_, ino), _)| *ino == inode).map(|(_, pid)| *pid))
+        Ok(self
+            .holders()
+            .iter()
+            .find(|((_, ino), _)| *ino == inode)
+            .map(|(_, pid)| *pid))
     }
 
     /// What a pipe's end is, or why it cannot move.
