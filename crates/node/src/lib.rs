@@ -3,8 +3,10 @@
 pub mod capture;
 pub mod config;
 pub mod files;
+pub mod init;
 pub mod install;
 pub mod logs;
+pub mod nest;
 pub mod obstacle;
 pub mod peers;
 pub mod processes;
