@@ -2,6 +2,8 @@
 
 pub mod capture;
 pub mod config;
+pub mod control;
+pub mod daemon;
 pub mod files;
 pub mod init;
 pub mod install;
@@ -13,4 +15,5 @@ pub mod processes;
 
 pub mod restore;
 pub mod runs;
+pub mod signals;
 pub mod streams;

@@ -80,6 +80,11 @@ impl Run {
         self.pid.get().copied()
     }
 
+    /// Whose it is.
+    pub fn owner(&self) -> Owner {
+        self.owner
+    }
+
     /// Its streams.
     pub fn streams(&self) -> &Arc<Streams> {
         &self.streams
@@ -124,8 +129,13 @@ impl Runs {
         })
     }
 
-    /// Makes the streams of a run and starts it by `spawn`, which is given its descriptors 0, 1 and 2. Output goes to
-    /// `drain` (a detached run's to its log); `lost` is called if that fails.
+    /// Is it neither over nor abandoned?
+    pub fn is_live(&self, run: &Run) -> bool {
+        self.lock().runs.contains_key(&run.id.nonce)
+    }
+
+    /// Makes the streams of a run and starts it by `spawn`, which is given its descriptors 0, 1 and 2. Its caller is
+    /// told by `drain` of the start, then of output (a detached run's to its log); `lost` is called if that fails.
     pub fn start<E: From<io::Error>>(
         &self,
         owner: Owner,
@@ -167,10 +177,13 @@ impl Runs {
         match started {
             Ok(pid) => {
                 assert!(run.pid.set(pid).is_ok(), "a run is started once");
-                if let Some(handle) = handle {
-                    self.logs.name(id.nonce, pid, &handle)?;
+                // The program runs: what fails now is not a reason to say that it does not.
+                let named = handle.map_or(Ok(()), |handle| self.logs.name(id.nonce, pid, &handle));
+                if let Err(e) = named.and_then(|()| self.keep(&run)) {
+                    tracing::warn!("run {pid} will not survive this daemon: {e}");
                 }
-                self.keep(&run)?;
+                let started = (wiring != Wiring::Detached).then_some(Reply::Started { pid });
+                run.streams.outbox().release(started);
                 Ok(run)
             }
             Err(e) => {
@@ -368,9 +381,9 @@ impl Runs {
         }
     }
 
-    /// Takes up what the nest kept for a daemon before this one. `lives`: is the process still there, or away from here,
-    /// but not ended?
-    pub fn restore(&self, lives: impl Fn(Pid) -> bool) -> io::Result<()> {
+    /// Takes up what the nest kept for a daemon before this one. `lives`: is the process of this user still there, or
+    /// away from here, but not ended?
+    pub fn restore(&self, lives: impl Fn(Pid, u32) -> bool) -> io::Result<()> {
         for label in self.keeper.labels()? {
             let restored = match record::parse_label(&label) {
                 Some(record::Label::Run(nonce)) => self.restore_run(nonce, &label, &lives),
@@ -385,21 +398,19 @@ impl Runs {
         Ok(())
     }
 
-    fn restore_run(&self, nonce: u64, label: &str, lives: &impl Fn(Pid) -> bool) -> io::Result<()> {
+    fn restore_run(&self, nonce: u64, label: &str, lives: &impl Fn(Pid, u32) -> bool) -> io::Result<()> {
         let Some((fds, bytes)) = self.keeper.kept(label)? else {
             return Ok(());
         };
         let record = RunRecord::decode(&bytes)?;
-        if !lives(record.pid) {
-            self.forget(label);
-            return Ok(());
-        }
         let id = RunId {
             origin: self.own,
             nonce,
         };
         let log = self.logs.resume(record.pid, record.uid)?;
-        let streams = self.streams(id, Outbox::start(Box::new(log), || {})?);
+        let outbox = Outbox::start(Box::new(log), || {})?;
+        outbox.release(None);
+        let streams = self.streams(id, outbox);
         for (stream, fd) in record.streams.iter().zip(fds) {
             streams.adopt(*stream, fd)?;
         }
@@ -416,7 +427,11 @@ impl Runs {
             sort: record.sort,
             streams,
         });
-        self.lock().runs.insert(nonce, run);
+        self.lock().runs.insert(nonce, run.clone());
+        if !lives(record.pid, record.uid) {
+            run.streams.drain();
+            self.end(&run, None);
+        }
         Ok(())
     }
 

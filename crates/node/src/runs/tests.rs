@@ -136,7 +136,7 @@ fn outputs(told: &Receiver<Reply>) -> (Vec<u8>, Vec<u8>, ExitStatus) {
         match told.recv_timeout(Duration::from_secs(20)).unwrap() {
             Reply::Output { stream: 1, bytes } => out.extend(bytes),
             Reply::Output { bytes, .. } => err.extend(bytes),
-            Reply::InputTaken { .. } => {}
+            Reply::Started { .. } | Reply::InputTaken { .. } => {}
             Reply::Exited(status) => return (out, err, status),
             other => panic!("{other:?}"),
         }
@@ -180,7 +180,7 @@ fn a_detached_run_writes_its_log_and_survives_the_daemon() {
     drop((run, runs));
 
     let runs = node.daemon();
-    runs.restore(|p| p == pid).unwrap();
+    runs.restore(|p, _| p == pid).unwrap();
     rustix::process::kill_process(child_pid.unwrap(), rustix::process::Signal::CONT).unwrap();
     end(&runs, &mut child);
     let mut reader = runs.logs.read(pid).unwrap().unwrap();
@@ -299,7 +299,7 @@ fn a_relay_survives_its_daemon() {
     drop(there);
     stdout.write_all(b"between ").unwrap();
     let there = two.daemon();
-    there.restore(|_| true).unwrap();
+    there.restore(|_, _| true).unwrap();
     stdout.write_all(b"after").unwrap();
     there.settle(out, Pid(1)).unwrap();
     child.kill().unwrap();
