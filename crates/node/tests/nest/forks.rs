@@ -142,7 +142,7 @@ def orphaned(lead):
     if pid == 0:
         lead()
         if os.fork() == 0:
-            os.write(w, b'x'); signal.pause()
+            os.close(1); os.close(2); os.write(w, b'x'); signal.pause()
         os._exit(0)
     os.waitpid(pid, 0); os.read(r, 1)
     return pid
