@@ -117,11 +117,13 @@ fn unanswered_calls_come_to_the_next_daemon() {
     f.assert_quiet();
 }
 
-/// Makes a child by a clone that carries the cookie, whenever a line comes, and prints its PID.
+/// Makes a child by a clone that carries the cookie, whenever a line comes, and prints its PID. First it says that it is
+/// there: to become so it may need processes, which it would not get while somebody steers.
 const CLONER: &str = "\
 import ctypes, os, sys
 libc = ctypes.CDLL(None)
 u = ctypes.c_ulong
+os.write(1, b'ready\\n')
 while sys.stdin.readline():
     pid = libc.syscall(u(56), u(17), u(0), u(0), u(0), u(0), u(int(sys.argv[1])))
     if pid == 0: os._exit(0)
@@ -137,11 +139,15 @@ fn a_chosen_number_is_given_to_a_chosen_clone() {
         .try_start(&["python3", "-u", "-c", CLONER, &cookie], |spec| spec.stdio[0] = stdin)
         .unwrap();
     let bomb = f.start(&["sh", "-c", "while :; do /bin/true; done"]);
-    let answer = || {
-        rustix::io::write(&order, b"\n").unwrap();
+    let line = || {
         let mut line = [0u8; 32];
         let n = rustix::io::read(&cloner.output, &mut line).unwrap();
-        std::str::from_utf8(&line[..n]).unwrap().trim().parse::<i32>().unwrap()
+        std::str::from_utf8(&line[..n]).unwrap().trim().to_owned()
+    };
+    assert_eq!(line(), "ready");
+    let answer = || {
+        rustix::io::write(&order, b"\n").unwrap();
+        line().parse::<i32>().unwrap()
     };
     for i in 0..30 {
         let pid = FOREIGN + 64 * i;

@@ -274,7 +274,7 @@ fn nested_namespaces_are_steered() {
     let mut f = Fixture::new();
     let inner = f.sh("unshare -p -f --mount-proc sh -c 'echo $$; sh -c \"echo \\$\\$; true\"'");
     assert_eq!(inner, "1\n2\n");
-    let script = "unshare -p -f --kill-child sh -c 'sleep 100 & sleep 100' & sleep 0.3; ps -eo pid= ; kill $!";
+    let script = "unshare -p -f --kill-child sh -c 'sleep 100 & sleep 100' & sleep 0.3; ps -eo pid= ; kill -9 $!";
     let pids = f.sh(script);
     let high: Vec<&str> = pids.split_whitespace().filter(|p| *p != "1").collect();
     assert!(high.len() >= 5, "{pids}");
