@@ -3,7 +3,9 @@
 pub mod capture;
 pub mod config;
 pub mod files;
+pub mod init;
 pub mod install;
+pub mod nest;
 pub mod obstacle;
 pub mod peers;
 pub mod processes;
