@@ -1,3 +1,5 @@
 //! The daemon of a node and PID 1 of its nest.
 
 pub mod config;
+pub mod page_server;
+pub mod pager;

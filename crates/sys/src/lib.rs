@@ -9,6 +9,8 @@ pub mod inspect;
 pub mod pagemap;
 pub mod procfs;
 pub mod ptrace;
+#[cfg(feature = "puppet")]
+pub mod puppet;
 pub mod script;
 pub mod uffd;
 pub mod vmcopy;
