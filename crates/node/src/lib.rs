@@ -7,6 +7,8 @@ pub mod init;
 pub mod install;
 pub mod nest;
 pub mod obstacle;
+pub mod page_server;
+pub mod pager;
 pub mod peers;
 pub mod processes;
 pub mod restore;

@@ -15,6 +15,8 @@ pub mod peergroups;
 pub mod pidfd;
 pub mod procfs;
 pub mod ptrace;
+#[cfg(feature = "puppet")]
+pub mod puppet;
 pub mod script;
 pub mod seccomp;
 pub mod sigwait;
