@@ -11,4 +11,6 @@ pub mod page_server;
 pub mod pager;
 pub mod peers;
 pub mod processes;
+
 pub mod restore;
+pub mod streams;
