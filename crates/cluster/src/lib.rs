@@ -6,4 +6,5 @@
 //! limit; iteration order is that of the keys (`BTreeMap`), never of a hash.
 
 pub mod allotment;
+pub mod relocation;
 pub mod table;
