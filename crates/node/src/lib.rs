@@ -3,8 +3,14 @@
 pub mod capture;
 pub mod config;
 pub mod files;
+pub mod init;
 pub mod install;
+pub mod nest;
 pub mod obstacle;
+pub mod page_server;
+pub mod pager;
 pub mod peers;
 pub mod processes;
+
 pub mod restore;
+pub mod streams;

@@ -17,6 +17,8 @@ pub mod pidfd;
 pub mod probe;
 pub mod procfs;
 pub mod ptrace;
+#[cfg(feature = "puppet")]
+pub mod puppet;
 pub mod script;
 pub mod seccomp;
 pub mod sigwait;
