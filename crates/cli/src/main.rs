@@ -182,6 +182,11 @@ fn pid(text: &str) -> Result<Pid, String> {
 }
 
 fn main() -> ExitCode {
+    let mut words = std::env::args_os();
+    // PID 1 of a nest is started by a daemon, not by people: its words are not for the parser.
+    if words.nth(1).is_some_and(|role| role == "init") {
+        return dunlin_node::init::main(words.collect());
+    }
     exit::finish(dispatch(Cli::parse()))
 }
 

@@ -10,7 +10,7 @@
 
 use crate::control::{ExitStatus, Failure, NodeStatus, ProcessRow};
 use crate::ids::{ImageId, Incarnation, MoveId, Pid, RunId, Slot};
-use crate::stream::StreamOpen;
+use crate::stream::{StreamOpen, TtyState};
 use serde::{Deserialize, Serialize};
 
 /// The first frame of every connection between daemons.
