@@ -7,12 +7,14 @@
 pub mod addfd;
 pub mod fdpass;
 pub mod foothold;
+pub mod foreground;
 pub mod inspect;
 pub mod namespace;
 pub mod nudge;
 pub mod pagemap;
 pub mod peergroups;
 pub mod pidfd;
+pub mod probe;
 pub mod procfs;
 pub mod ptrace;
 #[cfg(feature = "puppet")]
