@@ -8,29 +8,29 @@
 
 mod events;
 mod inbound;
-pub mod mover;
+pub mod moving;
 pub mod node;
 mod place;
-pub mod table;
 #[cfg(test)]
 mod tests;
 
-pub use mover::Mover;
 pub use node::Node;
 
 use crate::config::NodeConfig;
 use crate::logs::Logs;
+use crate::mover::{Mover, Parts};
 use crate::nest::{Nest, NestError, NestEvent};
 use crate::peers::{Answer, Peers};
-use crate::processes::NestProc;
 use crate::processes::exits::Exits;
+use crate::processes::{Hidden, NestProc, Residents};
 use crate::runs::{Keeper, Runs};
 use crate::streams::terminal;
 use dunlin_proto::control::ExitStatus;
 use dunlin_proto::ids::{Modulus, Pid, Slot};
-use dunlin_proto::peer::{PeerReply, PeerRequest, Purpose};
+use dunlin_proto::peer::Purpose;
 use dunlin_sys::termination;
 use events::Workers;
+use moving::RunStreams;
 use place::{Acceptor, StateDir};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use std::io;
@@ -38,16 +38,12 @@ use std::net::TcpListener;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
 /// How long a daemon that ends waits for output that is on its way.
 const FINISH_WITHIN: Duration = Duration::from_secs(1);
-/// Between attempts of a node to tell an origin that a run's top process is there now.
-const INPUT_AGAIN_AFTER: Duration = Duration::from_millis(100);
-/// So many attempts.
-const INPUT_ATTEMPTS: u32 = 100;
 
 /// Why a daemon does not, or no longer, serve.
 #[derive(Debug, thiserror::Error)]
@@ -88,15 +84,10 @@ pub struct Daemon {
 
 /// Serves until SIGTERM or SIGINT. The nest stays.
 pub fn run(config: NodeConfig) -> Result<(), DaemonError> {
-    run_with(config, None)
-}
-
-/// As [`run`], for a daemon that moves processes.
-pub fn run_with(config: NodeConfig, mover: Option<Arc<dyn Mover>>) -> Result<(), DaemonError> {
     let state_dir = config.state_dir.clone();
     let exe = std::env::current_exe().map_err(io_error("this program's own file"))?;
     let terminated = termination::watch().map_err(io_error("catching SIGTERM"))?;
-    let daemon = Daemon::start(config, &exe, mover)?;
+    let daemon = Daemon::start(config, &exe)?;
     let mut polled = [
         PollFd::new(&terminated, PollFlags::IN),
         PollFd::new(&*daemon.nest_gone, PollFlags::IN),
@@ -113,13 +104,13 @@ pub fn run_with(config: NodeConfig, mover: Option<Arc<dyn Mover>>) -> Result<(),
 
 impl Daemon {
     /// Starts serving; returns when peers and callers are answered. `exe init` makes the nest if there is none.
-    pub fn start(config: NodeConfig, exe: &Path, mover: Option<Arc<dyn Mover>>) -> Result<Daemon, DaemonError> {
+    pub fn start(config: NodeConfig, exe: &Path) -> Result<Daemon, DaemonError> {
         let place = StateDir::claim(&config.state_dir)?;
         let listener = TcpListener::bind(config.listen).map_err(io_error(format!("listening on {}", config.listen)))?;
         let (nest, nest_events) = Nest::open(&config, exe)?;
         let nest_gone = eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| io_error("an eventfd")(e.into()))?;
         let nest_gone = Arc::new(nest_gone);
-        let node = assemble(config, nest, nest_events, mover, nest_gone.clone()).map_err(io_error("the nest"))?;
+        let node = assemble(config, nest, nest_events, nest_gone.clone()).map_err(io_error("the nest"))?;
         let acceptors = vec![
             Acceptor::peers(listener, node.clone()).map_err(io_error("serving peers"))?,
             Acceptor::control(place.control_socket()?, node.clone()).map_err(io_error("serving control.sock"))?,
@@ -153,12 +144,12 @@ fn assemble(
     config: NodeConfig,
     nest: Nest,
     nest_events: Receiver<NestEvent>,
-    mover: Option<Arc<dyn Mover>>,
     nest_gone: Arc<OwnedFd>,
 ) -> io::Result<Arc<Node>> {
     let mut nonce = [0u8; 8];
     rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty())?;
     let boot = u64::from_ne_bytes(nonce);
+    let config = Arc::new(config);
     let (slot, modulus) = (Slot(config.slot), Modulus(config.modulus));
     let logs = Arc::new(Logs::open(&config.state_dir.join("logs"))?);
     let proc = || NestProc::open(nest.root());
@@ -174,23 +165,35 @@ fn assemble(
     let dial =
         move |open: dunlin_proto::stream::StreamOpen| dialled.open(open.stream.run.origin, Purpose::Stream(open));
     let runs = Runs::new(slot, Arc::new(NestKeeper(nest.clone())), logs.clone(), proc()?, dial);
+    let (hidden, residents) = (Arc::<Hidden>::default(), Arc::<Residents>::default());
+    let mover = Mover::start(Parts {
+        config: config.clone(),
+        nest: nest.clone(),
+        peers: peers.clone(),
+        hidden: hidden.clone(),
+        residents: residents.clone(),
+        exits: exits.clone(),
+        streams: Arc::new(RunStreams {
+            runs: runs.clone(),
+            peers: peers.clone(),
+        }),
+    })?;
     let node = Arc::new(Node {
+        config,
         slot,
         modulus,
         boot,
         proc: proc()?,
+        nest,
         peers,
-        hidden: Default::default(),
-        residents: Default::default(),
+        hidden,
+        residents,
         exits,
         runs,
         logs,
         mover,
-        table: Mutex::new(table::KeptTable::open(&nest, modulus, slot)?),
-        nest,
-        config,
     });
-    // Kept alive by this thread alone: a call to oneself must not be answered by a node that has ended.
+    // Does not keep the node alive: a call to oneself is not answered by a node that has ended.
     let answer: Arc<dyn Answer> = Arc::new(inbound::NodeAnswer(Arc::downgrade(&node)));
     node.peers.set_own(answer);
     node.runs.restore(|pid, uid| lives(&node, pid, uid))?;
@@ -215,34 +218,6 @@ fn lives(node: &Node, pid: Pid, uid: u32) -> bool {
         node.exits.record(pid, ExitStatus::Unknown, uid);
     }
     lives
-}
-
-impl Node {
-    /// The top process of a run has come here and is about to run: its terminal, if it has one, becomes as it was, and
-    /// its origin sends its input here from now on. That may take until its last node has given back what was not read.
-    pub fn run_has_arrived(
-        self: &Arc<Self>,
-        run: dunlin_proto::ids::RunId,
-        tty: Option<&dunlin_proto::stream::TtyState>,
-    ) -> io::Result<()> {
-        self.runs.arrived(run, tty)?;
-        if run.origin == self.slot {
-            return Ok(());
-        }
-        let node = Arc::downgrade(self);
-        let tell = move || {
-            for _ in 0..INPUT_ATTEMPTS {
-                let Some(node) = node.upgrade() else { return };
-                if let Ok(PeerReply::Done) = node.peers.call(run.origin, &PeerRequest::InputHere { run }) {
-                    return;
-                }
-                drop(node);
-                thread::sleep(INPUT_AGAIN_AFTER);
-            }
-            tracing::warn!("the origin of a run, {}, does not send its input here", run.origin);
-        };
-        thread::Builder::new().name("run arrived".into()).spawn(tell).map(drop)
-    }
 }
 
 /// The nest, as runs need it.

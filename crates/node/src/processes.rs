@@ -83,10 +83,15 @@ impl NestProc {
         Ok(stat.filter(|s| s.state == 'Z').and_then(|s| s.exit_code))
     }
 
-    /// The foreground process group of a process's terminal.
-    pub fn foreground_group(&self, pid: Pid) -> io::Result<Option<i32>> {
-        let stat = self.read(pid, "stat")?.and_then(|text| Stat::parse(&text));
-        Ok(stat.map(|s| s.foreground_group).filter(|g| *g > 0))
+    /// The foreground process group of the terminal with this device number, if a session has it.
+    pub fn foreground_group(&self, terminal: u64) -> io::Result<Option<i32>> {
+        for pid in self.pids()? {
+            let stat = self.read(pid, "stat")?.and_then(|text| Stat::parse(&text));
+            if let Some(stat) = stat.filter(|s| s.terminal == terminal && s.foreground_group > 0) {
+                return Ok(Some(stat.foreground_group));
+            }
+        }
+        Ok(None)
     }
 
     fn status(&self, pid: Pid) -> io::Result<Option<Status>> {

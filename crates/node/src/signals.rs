@@ -9,7 +9,7 @@ pub mod surrogates;
 
 use crate::daemon::node::{Node, Place, failure, nest_failure, no_process, unexpected, unreachable};
 use crate::processes::Echo;
-use dunlin_proto::control::{Failure, FailureKind};
+use dunlin_proto::control::{ExitStatus, Failure, FailureKind};
 use dunlin_proto::ids::Pid;
 use dunlin_proto::peer::{Caller, Change, PeerReply, PeerRequest};
 use dunlin_sys::pidfd;
@@ -120,10 +120,7 @@ pub fn child_changed(node: &std::sync::Arc<Node>, child: Pid, change: Change) ->
     }
     let (signal, echo) = match change {
         Change::Ended(status) => {
-            return node
-                .mover
-                .as_ref()
-                .map_or(Ok(()), |mover| mover.end_surrogate(node, child, status));
+            return end(node, child, status);
         }
         Change::Stopped => (number::STOP, Echo::Stop),
         Change::Continued => (number::CONT, Echo::Continue),
@@ -133,6 +130,17 @@ pub fn child_changed(node: &std::sync::Arc<Node>, child: Pid, change: Change) ->
     };
     node.hidden.expect_echo(child, echo);
     pidfd::send(surrogate, signal, None)
+}
+
+/// ptrace, which ends a surrogate, is bound to the thread that begins it: the end of a child is told in one of its own.
+fn end(node: &Node, child: Pid, status: ExitStatus) -> io::Result<()> {
+    let mover = node.mover.clone();
+    let ended = std::thread::Builder::new()
+        .name("end-surrogate".into())
+        .spawn(move || mover.entries.end(child, status))?;
+    ended
+        .join()
+        .unwrap_or_else(|_| Err(io::Error::other("the end of a surrogate panicked")))
 }
 
 /// Numbers of signals that mean something to this module.

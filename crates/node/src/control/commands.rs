@@ -3,7 +3,7 @@
 //! Owns where each is carried out: here, or on the node of the process or of its log, to which the whole command is then
 //! passed on. Refuses to pass on what was passed on to it: a process that has moved meanwhile is an error that says so.
 
-use crate::daemon::mover::Tell;
+use crate::daemon::moving::{self, Tell};
 use crate::daemon::node::{Node, Place, failure, nest_failure, no_process, unexpected, unreachable};
 use crate::processes::exits::Seen;
 use crate::signals;
@@ -123,12 +123,10 @@ fn move_here(node: &Arc<Node>, caller: Caller, request: &Request, tell: Tell<'_>
         .map_err(nest_failure)?
         .ok_or_else(|| no_process(pid))?;
     node.permit(caller, uid, pid)?;
-    let mover = node.mover.as_ref();
-    let mover = mover.ok_or_else(|| failure(FailureKind::Other, "this daemon does not move processes", None))?;
-    Ok(match request {
-        Request::Move(request) => mover.move_process(node, caller, request, tell),
-        _ => mover.can_move(node, caller, pid, to),
-    })
+    match request {
+        Request::Move(request) => moving::move_out(node, request, tell),
+        _ => moving::can_move(node, pid, to),
+    }
 }
 
 fn moved(request: &Request) -> Result<Pid, Failure> {

@@ -4,21 +4,16 @@
 //! itself. Invariant: events about one process are acted upon in their order.
 
 use super::Node;
-use super::node::unreachable;
 use crate::nest::NestEvent;
 use crate::processes::exits::{self, Ended};
 use crate::signals;
-use dunlin_proto::ids::{Pid, Slot};
-use dunlin_proto::peer::{PeerReply, PeerRequest};
+use dunlin_proto::ids::Pid;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Weak};
 use std::thread;
-use std::time::Duration;
 
 /// Events about one process all go to the same worker.
 const WORKERS: usize = 4;
-/// Between attempts to tell a home of an end.
-const TELL_AGAIN_AFTER: Duration = Duration::from_millis(500);
 
 /// Something to be done about a process.
 enum Job {
@@ -63,7 +58,11 @@ pub fn take(node: &Weak<Node>, workers: &Workers, events: &Receiver<NestEvent>) 
         match event {
             NestEvent::InitGone => return true,
             NestEvent::Reaped { pid, status } => reaped(&node, pid, status),
-            NestEvent::Notification { id, pid, nr, args } => signals::notified::take(&node, id, pid, nr, args),
+            NestEvent::Notification { id, pid, nr, args } => {
+                if !node.mover.notified(id, pid, nr, &args) {
+                    signals::notified::take(&node, id, pid, nr, args);
+                }
+            }
             NestEvent::SurrogateSignal { pid, .. }
             | NestEvent::SurrogateStopped { pid }
             | NestEvent::SurrogateContinued { pid }
@@ -97,46 +96,9 @@ fn work(node: &Weak<Node>, jobs: &Receiver<Job>) {
 
 /// A process that was watched has ended here.
 fn watched_end(node: &Arc<Node>, pid: Pid, ended: Ended) {
-    let Some(resident) = node.residents.remove(pid) else {
-        return;
-    };
-    // What it wrote comes before its end.
-    node.runs.settle_relays();
-    if let Some(mover) = &node.mover {
-        mover.resident_ended(node, pid, ended);
-    }
-    let Some(home) = node.modulus.home(pid).filter(|home| *home != node.slot) else {
-        return;
-    };
-    let status = ended.status;
-    let request = PeerRequest::Exited {
-        pid,
-        uid: ended.uid,
-        status,
-        incarnation: resident.incarnation,
-    };
-    tell_home(node, home, &request);
-}
-
-fn tell_home(node: &Arc<Node>, home: Slot, request: &PeerRequest) {
-    if let Err(e) = node.peers.call(home, request) {
-        tracing::warn!(
-            "a home does not hear that its process has ended, will tell it again: {}",
-            unreachable(&e).message
-        );
-        let (node, request) = (Arc::downgrade(node), request.clone());
-        let again = move || {
-            while let Some(node) = node.upgrade() {
-                match node.peers.call(home, &request) {
-                    Ok(PeerReply::Failed(failure)) => return tracing::warn!("{}", failure.message),
-                    Ok(_) => return,
-                    Err(_) => drop(node),
-                }
-                thread::sleep(TELL_AGAIN_AFTER);
-            }
-        };
-        if let Err(e) = thread::Builder::new().name("tell home".into()).spawn(again) {
-            tracing::error!("no thread to tell a home of an end: {e}");
-        }
+    if node.residents.get(pid).is_some() {
+        // What it wrote comes before its end.
+        node.runs.settle_relays();
+        node.mover.ended(pid, ended.status);
     }
 }

@@ -5,14 +5,13 @@
 //! is not there is ignored.
 
 use super::Node;
-use super::node::{nest_failure, no_process};
-use super::table::reserve;
+use super::node::{failure, nest_failure};
 use crate::control;
 use crate::peers::Answer;
 use crate::signals;
-use dunlin_proto::control::{ExitStatus, Request};
+use dunlin_proto::control::{FailureKind, Request};
 use dunlin_proto::frame;
-use dunlin_proto::ids::{Incarnation, Pid, Slot};
+use dunlin_proto::ids::Slot;
 use dunlin_proto::peer::{PeerReply, PeerRequest, Purpose};
 use std::io;
 use std::net::TcpStream;
@@ -21,29 +20,25 @@ use std::sync::{Arc, Weak};
 /// Serves a connection that a peer has opened, until it ends.
 pub fn serve(node: &Arc<Node>, mut stream: TcpStream) -> io::Result<()> {
     let hello = node.peers.greet(&mut stream)?;
-    match (hello.purpose, &node.mover) {
-        (Purpose::Rpc, _) => loop {
+    match hello.purpose {
+        Purpose::Rpc => loop {
             let request: PeerRequest = match frame::read(&mut stream) {
                 Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
                 read => read?,
             };
             frame::write(&mut stream, &answer(node, hello.from, request))?;
         },
-        (Purpose::Command(caller), _) => {
+        Purpose::Command(caller) => {
             let request: Request = frame::read(&mut stream)?;
             let last = control::forwarded(node, caller, &request, &mut |reply| frame::write(&mut &stream, &reply));
             frame::write(&mut stream, &last)
         }
-        (Purpose::Stream(open), _) => node.runs.serve(hello.from, open, stream),
-        (Purpose::Move(id), Some(mover)) => {
-            mover.serve_move(node, hello.from, id, stream);
+        Purpose::Stream(open) => node.runs.serve(hello.from, open, stream),
+        Purpose::Relocation => {
+            node.mover.serve(hello.from, stream);
             Ok(())
         }
-        (Purpose::Pages(id), Some(mover)) => {
-            mover.serve_pages(node, hello.from, id, stream);
-            Ok(())
-        }
-        (Purpose::Move(_) | Purpose::Pages(_), None) => Err(io::Error::other("this daemon does not move processes")),
+        Purpose::Pages(_) => node.mover.images.serve(stream).map_err(io::Error::other),
     }
 }
 
@@ -72,41 +67,23 @@ fn answer(node: &Arc<Node>, from: Slot, request: PeerRequest) -> PeerReply {
             by,
         } => signals::deliver(node, pid, signal, siginfo.as_deref(), by),
         PeerRequest::Wait { pid, by } => control::wait_here(node, pid, by),
-        PeerRequest::Exited {
-            pid,
-            uid,
-            status,
-            incarnation,
-        } => exited(node, from, pid, uid, status, incarnation),
         PeerRequest::ChildChanged { child, change } => {
             signals::child_changed(node, child, change).map_or_else(failed, |()| PeerReply::Done)
         }
-        PeerRequest::InputHere { run } => match node.runs.input_is_at(run, from) {
+        PeerRequest::InputHere { run, pid } => match node.runs.is_at(run, pid, from) {
             true => PeerReply::Done,
             false => PeerReply::NotYet,
         },
-    }
-}
-
-/// A process of this home has ended on node `from`.
-fn exited(node: &Arc<Node>, from: Slot, pid: Pid, uid: u32, status: ExitStatus, incarnation: Incarnation) -> PeerReply {
-    if node.modulus.home(pid) != Some(node.slot) {
-        return PeerReply::Failed(no_process(pid));
-    }
-    let known = node.table().read().entry(pid).map(|e| (e.place.node(), e.incarnation));
-    // Without an entry it has been told before; with a newer one it has moved on since, and lives.
-    if known.is_none_or(|(place, newest)| place != from || newest > incarnation) {
-        return PeerReply::Done;
-    }
-    node.exits.record(pid, status, uid);
-    let ended = node.change_table(|table| table.ended(pid, incarnation));
-    let surrogate = node
-        .mover
-        .as_ref()
-        .map_or(Ok(()), |mover| mover.end_surrogate(node, pid, status));
-    // Its number is free when the surrogate is gone, which the nest sees for itself.
-    match ended.and_then(|changes| surrogate.and_then(|()| reserve(&node.nest, &changes))) {
-        Ok(()) => PeerReply::Done,
-        Err(e) => PeerReply::Failed(nest_failure(e)),
+        PeerRequest::TerminalIs { run, state } => {
+            node.runs.terminal_is(run, state);
+            PeerReply::Done
+        }
+        PeerRequest::Terminal { run } => node.runs.terminal(run).map_or(PeerReply::NotHere, PeerReply::Tty),
+        PeerRequest::Drain { pid } => PeerReply::Drain(node.mover.drain_here(pid)),
+        PeerRequest::Examine { plans } => match node.mover.examine_plans(&plans) {
+            Ok(obstacles) => PeerReply::Obstacles(obstacles),
+            Err(why) => PeerReply::Failed(failure(FailureKind::Invalid, why, None)),
+        },
+        PeerRequest::Clocks => PeerReply::Clocks(crate::mover::raw_clocks()),
     }
 }

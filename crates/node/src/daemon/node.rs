@@ -3,23 +3,22 @@
 //! Owns [`Node`]. Refuses to know sockets and commands. Invariant: a PID is *here* if the nest has such a process and it
 //! is not hidden; else its home knows, and nobody else is asked.
 
-use super::mover::Mover;
-use super::table::KeptTable;
 use crate::config::NodeConfig;
 use crate::logs::Logs;
+use crate::mover::Mover;
 use crate::nest::Nest;
 use crate::peers::{PeerError, Peers};
 use crate::processes::exits::{Exits, Watch};
-use crate::processes::{self, Hidden, NestProc, Resident, Residents};
+use crate::processes::{self, Hidden, NestProc, Residents};
 use crate::runs::Runs;
-use dunlin_cluster::table::{Table, Whereabouts};
+use dunlin_cluster::table::Whereabouts;
 use dunlin_proto::control::{ExitStatus, Failure, FailureKind, NodeStatus, ProcessRow};
 use dunlin_proto::ids::{LAST_OWN_PID, Modulus, Pid, Slot};
 use dunlin_proto::peer::{Caller, Located, PeerReply, PeerRequest};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How long `ps` and `status` wait for a silent node.
@@ -28,7 +27,7 @@ const LOOK_WITHIN: Duration = Duration::from_millis(1500);
 /// A daemon's parts.
 pub struct Node {
     /// As it was read at the start.
-    pub config: NodeConfig,
+    pub config: Arc<NodeConfig>,
     /// This node.
     pub slot: Slot,
     /// The cluster's.
@@ -42,18 +41,17 @@ pub struct Node {
     /// The other nodes.
     pub peers: Arc<Peers>,
     /// What in the nest is no program.
-    pub hidden: Hidden,
-    /// What in the nest came from elsewhere; entered with [`Node::settle_resident`].
-    pub residents: Residents,
+    pub hidden: Arc<Hidden>,
+    /// What in the nest came from elsewhere.
+    pub residents: Arc<Residents>,
     /// How processes end.
     pub exits: Arc<Exits>,
     /// Programs started here, and streams of those started elsewhere.
     pub runs: Arc<Runs>,
     /// Their logs.
     pub logs: Arc<Logs>,
-    /// What moves processes, if this daemon does.
-    pub mover: Option<Arc<dyn Mover>>,
-    pub(super) table: Mutex<KeptTable>,
+    /// What moves processes, and knows where those of this home are.
+    pub mover: Arc<Mover>,
 }
 
 /// Where a process is.
@@ -88,8 +86,7 @@ impl Node {
         if let Some(pidfd) = self.here(pid).map_err(nest_failure)? {
             return Ok(Place::Here(pidfd));
         }
-        let whereabouts = self.table().read().whereabouts(pid);
-        match whereabouts {
+        match self.mover.whereabouts(pid) {
             Whereabouts::EachNodesOwn => Ok(Place::Nowhere),
             Whereabouts::Known(place) if place.node() != self.slot => Ok(Place::At(place.node())),
             Whereabouts::Known(_) => Ok(self.exits.ended(pid).map_or(Place::Nowhere, |e| Place::Ended {
@@ -125,35 +122,6 @@ impl Node {
             Place::Ended { status, uid } => Located::Ended { status, uid },
             Place::Nowhere => Located::Nowhere,
         })
-    }
-
-    /// The process table, to be read; [`Node::change_table`] changes it.
-    pub fn table(&self) -> MutexGuard<'_, KeptTable> {
-        self.table.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
-    /// Changes the process table and returns when the change is kept. The reservations that come of it are the caller's to
-    /// apply ([`super::table::reserve`]), in the order that its own action needs.
-    pub fn change_table<T>(&self, change: impl FnOnce(&mut Table) -> T) -> io::Result<T> {
-        self.table().change(&self.nest, change)
-    }
-
-    /// Enters a process that has come here, and watches for its end. Before it runs.
-    pub fn settle_resident(&self, pid: Pid, resident: Resident) -> io::Result<()> {
-        self.residents.insert(pid, resident);
-        match self.nest.pidfd(pid)? {
-            Some(pidfd) => self.watch(pid, pidfd).map(drop),
-            None => Err(io::Error::new(
-                io::ErrorKind::NotFound,
-                format!("process {pid} is not in the nest"),
-            )),
-        }
-    }
-
-    /// A process leaves this node: what becomes of its task here is not its end.
-    pub fn resident_leaves(&self, pid: Pid) {
-        self.exits.left(pid);
-        self.residents.remove(pid);
     }
 
     /// Watches a process that is here for its end.

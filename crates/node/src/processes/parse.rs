@@ -52,6 +52,8 @@ impl Status {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Stat {
     pub state: char,
+    /// The controlling terminal's device number; 0 without one.
+    pub terminal: u64,
     pub foreground_group: i32,
     /// A wait status; `None` on a kernel that does not show it.
     pub exit_code: Option<i32>,
@@ -67,6 +69,8 @@ impl Stat {
         let field = |number: usize| fields.get(number - 3).copied();
         Some(Stat {
             state: field(3)?.chars().next()?,
+            // Printed as a signed number.
+            terminal: field(7)?.parse::<i32>().ok()? as u32 as u64,
             foreground_group: field(8)?.parse().ok()?,
             exit_code: field(52).and_then(|f| f.parse().ok()),
         })
@@ -126,6 +130,7 @@ mod tests {
             Stat::parse(text.as_bytes()),
             Some(Stat {
                 state: 'Z',
+                terminal: 0,
                 foreground_group: -1,
                 exit_code: Some(1792)
             })
