@@ -17,3 +17,4 @@ pub mod processes;
 pub mod restore;
 pub mod runs;
 pub mod streams;
+pub mod verify;
