@@ -2,6 +2,8 @@
 
 pub mod capture;
 pub mod config;
+pub mod control;
+pub mod daemon;
 pub mod entries;
 pub mod files;
 pub mod init;
@@ -16,5 +18,6 @@ pub mod peers;
 pub mod processes;
 pub mod restore;
 pub mod runs;
+pub mod signals;
 pub mod streams;
 pub mod verify;
