@@ -39,6 +39,8 @@ pub struct Entry {
     pub homes: BTreeSet<Slot>,
     /// How many committed moves this entry has seen.
     pub moves: u32,
+    /// The move that brought it where it is, if this node decided that.
+    pub brought_by: Option<MoveId>,
 }
 
 /// Where a process is.
@@ -91,6 +93,24 @@ pub struct Reservations {
     pub reserve: Vec<Pid>,
     /// To be released.
     pub release: Vec<Pid>,
+}
+
+impl Reservations {
+    /// First these, then `more`.
+    pub(crate) fn add(&mut self, more: Reservations) {
+        for id in more.reserve {
+            match self.release.iter().position(|r| *r == id) {
+                Some(at) => drop(self.release.swap_remove(at)),
+                None => self.reserve.push(id),
+            }
+        }
+        for id in more.release {
+            match self.reserve.iter().position(|r| *r == id) {
+                Some(at) => drop(self.reserve.swap_remove(at)),
+                None => self.release.push(id),
+            }
+        }
+    }
 }
 
 /// Why news was not taken; the table is unchanged.
@@ -193,7 +213,10 @@ impl Table {
     pub fn incarnation(&self, pid: Pid) -> Incarnation {
         match self.entries.get(&pid) {
             Some(entry) => entry.incarnation,
-            None => self.graves.get(&pid).map_or(Incarnation::default(), |i| i.next()),
+            None => self
+                .graves
+                .get(&pid)
+                .map_or(Incarnation::default(), |i| i.after_commit()),
         }
     }
 
@@ -245,6 +268,7 @@ impl Table {
             reserved: false,
             homes: [self.here].into(),
             moves: 0,
+            brought_by: None,
         });
         entry.place = Place::Moving { move_id, from, to };
         let changes = self.put(pid, entry);
@@ -257,7 +281,7 @@ impl Table {
         match entry.place {
             Place::Moving { move_id: m, from, .. } if m == move_id => {
                 entry.place = Place::At(from);
-                entry.incarnation = entry.incarnation.next();
+                entry.incarnation = entry.incarnation.after_abort();
                 self.changed.insert(pid);
                 Some(entry.incarnation)
             }
@@ -290,16 +314,21 @@ impl Table {
                 entry.reserved = false;
                 Ok(self.put(news.pid, entry))
             }
-            Some(_) | None => self.change(news, news.node != self.here),
+            Some(_) | None => self.change(news, news.node != self.here, None),
         }
     }
 
     /// As [`Table::learn`], for the decision itself: even if it goes here, nothing here holds its ids before the resume.
-    pub fn commit(&mut self, news: &EntryChange) -> Result<Reservations, TableError> {
-        self.change(news, true)
+    pub fn commit(&mut self, move_id: MoveId, news: &EntryChange) -> Result<Reservations, TableError> {
+        self.change(news, true, Some(move_id))
     }
 
-    fn change(&mut self, news: &EntryChange, reserved: bool) -> Result<Reservations, TableError> {
+    fn change(
+        &mut self,
+        news: &EntryChange,
+        reserved: bool,
+        brought_by: Option<MoveId>,
+    ) -> Result<Reservations, TableError> {
         let old = self.entries.get(&news.pid);
         let stale = match old {
             Some(entry) => entry.incarnation >= news.incarnation,
@@ -334,6 +363,7 @@ impl Table {
             reserved,
             homes: news.homes.clone(),
             moves: old.map_or(0, |e| e.moves) + 1,
+            brought_by,
         };
         Ok(self.put(news.pid, entry))
     }

@@ -232,8 +232,8 @@ pub enum DestinationToHome {
     Resumed,
     /// My daemon was restarted and the copy is not there: it had not been resumed, or it has ended since.
     Gone {
-        /// The root, as it was before the move.
-        root: Claim,
+        /// The root.
+        root: Pid,
     },
 }
 

@@ -10,8 +10,8 @@ use super::{Limits, Now, Retry, entries_after_commit};
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{MoveId, Slot};
 use dunlin_proto::relocation::{
-    Claim, DestinationToHome, DestinationToSource, Ending, EntryChange, HomeToDestination, MAX_IDS, MAX_MEMBERS,
-    Member, MoveMsg, Notice, SourceToDestination,
+    DestinationToHome, DestinationToSource, Ending, EntryChange, HomeToDestination, MAX_IDS, MAX_MEMBERS, Member,
+    MoveMsg, Notice, SourceToDestination,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
@@ -72,7 +72,8 @@ pub enum DestinationAction {
         /// This.
         msg: MoveMsg,
     },
-    /// Would it move (the proposal)? Then `Accepted` or `Refused`.
+    /// Would it move (the proposal)? Then `Accepted` or `Refused`; refused, too, if a PID is in use here by a copy whose own
+    /// move away from here has an outcome that this node does not know yet.
     Check(Vec<u8>),
     /// Make what can be made before the essence; then `Prepared` or `Failed`.
     Prepare(Vec<u8>),
@@ -398,8 +399,7 @@ impl DestinationMove {
 
     fn tell_gone(&mut self, members: &[Member]) {
         if let Some(root) = members.first() {
-            let (pid, incarnation) = (root.pid, root.incarnation);
-            let root = Claim { pid, incarnation };
+            let root = root.pid;
             self.tell_home(DestinationToHome::Gone { root });
         }
     }
@@ -407,7 +407,7 @@ impl DestinationMove {
     /// The processes have ended here: all homes are to know, and whoever keeps pages for them.
     fn tell_end(&mut self, members: &[Member], ending: Ending) {
         for member in members {
-            let (pid, incarnation) = (member.pid, member.incarnation.next());
+            let (pid, incarnation) = (member.pid, member.incarnation.after_commit());
             let notice = Notice::Ended {
                 pid,
                 incarnation,

@@ -599,7 +599,12 @@ impl Node {
                 DestinationAction::Rebuild(members, _) => {
                     let blanks = members.iter().map(|m| (m.pid, w.blank(id, m))).collect();
                     self.blanks.insert(id, blanks);
-                    let done = w.outcome(DestinationEvent::Rebuilt, DestinationEvent::Failed("verify".into()));
+                    // It has come back before the source here knows that it ever left: the PID is still in use.
+                    let in_use = members.iter().any(|m| self.tasks.contains_key(&m.pid));
+                    let done = match in_use {
+                        true => DestinationEvent::Failed("pid".into()),
+                        false => w.outcome(DestinationEvent::Rebuilt, DestinationEvent::Failed("verify".into())),
+                    };
                     w.later(self, Local::Destination(id, done));
                 }
                 DestinationAction::Persist(record) => {
@@ -658,6 +663,7 @@ impl Node {
                 HomeAction::Send { to, msg } => w.send(self.slot, to, msg),
                 HomeAction::Persist(durables) => {
                     for durable in durables {
+                        w.may_be_killed(self.slot)?;
                         w.check |= w.oracle.recorded(&durable)?;
                         let forgets = w.mutation == Mutation::HomeForgetsDecisions;
                         match &durable {
@@ -671,7 +677,7 @@ impl Node {
                         self.allotment.reserve(ids);
                     }
                 }
-                HomeAction::ReserveOnly(ids) => self.allotment.reserve_only(ids),
+
                 HomeAction::Release(ids) => self.allotment.release(ids),
                 HomeAction::EndSurrogate(..) => {}
                 HomeAction::TableFull(entry) => return Err(Violation(format!("no room for {entry:?}")).into()),
