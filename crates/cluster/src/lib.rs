@@ -6,5 +6,6 @@
 //! limit; iteration order is that of the keys (`BTreeMap`), never of a hash.
 
 pub mod allotment;
+pub mod page_map;
 pub mod relocation;
 pub mod table;

@@ -1,1 +1,405 @@
-//! image
+//! A process, as it travels: everything but its pages.
+//!
+//! Owns the portable form of a captured process. The same form is sent twice: in the *plan*, taken while the program
+//! runs, from which the destination prepares; and in the *essence*, taken inside the freeze, against which what was
+//! prepared is corrected. Refuses to know how any of it is read or set. Numbers are those of x86-64 Linux.
+
+use crate::ids::{Pid, RunId};
+use serde::{Deserialize, Serialize};
+
+/// One process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessImage {
+    /// Who it is and to whom it belongs.
+    pub lineage: Lineage,
+    /// What it may do and how it is run.
+    pub traits: Traits,
+    /// Its address space without the pages.
+    pub space: Space,
+    /// Its descriptors.
+    pub files: Files,
+    /// Signals and timers of the process.
+    pub signals: Signals,
+    /// Its threads, the leader first.
+    pub threads: Vec<ThreadImage>,
+    /// Seccomp filters of its own, oldest first, as arrays of `sock_filter`.
+    pub seccomp: Vec<Vec<u8>>,
+    /// It is stopped by this signal (group-stop).
+    pub stopped_by: Option<i32>,
+}
+
+/// Who a process is and to whom it belongs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lineage {
+    /// Its PID.
+    pub pid: Pid,
+    /// Its parent's; 1 for PID 1 of the nest.
+    pub ppid: Pid,
+    /// Its process group.
+    pub pgid: Pid,
+    /// Its session.
+    pub sid: Pid,
+    /// Its children that stay behind.
+    pub children: Vec<Child>,
+    /// How many times it has moved before.
+    pub moves: u32,
+    /// Its command line for people.
+    pub command: String,
+}
+
+/// A child that stays where it is when its parent moves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Child {
+    /// Its PID.
+    pub pid: Pid,
+    /// Its process group.
+    pub pgid: Pid,
+    /// Its session.
+    pub sid: Pid,
+    /// It has ended already and its parent has not waited for it: its wait status.
+    pub ended: Option<i32>,
+    /// Its command name.
+    pub comm: Vec<u8>,
+}
+
+/// What a process may do and how it is run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traits {
+    /// Working directory, as a path from the nest's root.
+    pub cwd: Vec<u8>,
+    /// Root directory.
+    pub root: Vec<u8>,
+    /// File mode creation mask.
+    pub umask: u32,
+    /// personality(2).
+    pub personality: u32,
+    /// Real, effective, saved, file-system user.
+    pub uids: [u32; 4],
+    /// Real, effective, saved, file-system group.
+    pub gids: [u32; 4],
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+    /// Inheritable, permitted, effective, bounding, ambient.
+    pub capabilities: [u64; 5],
+    /// PR_GET_SECUREBITS.
+    pub securebits: u32,
+    /// PR_GET_NO_NEW_PRIVS.
+    pub no_new_privs: bool,
+    /// PR_GET_DUMPABLE.
+    pub dumpable: u32,
+    /// PR_GET_CHILD_SUBREAPER.
+    pub subreaper: bool,
+    /// PR_GET_THP_DISABLE.
+    pub thp_disable: bool,
+    /// Soft and hard limit for each resource, by number.
+    pub limits: Vec<(u64, u64)>,
+    /// oom_score_adj.
+    pub oom_score_adj: i32,
+}
+
+/// A file, by what can be checked on the other node.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct FileRef {
+    /// Its path from the nest's root.
+    pub path: Vec<u8>,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Its last modification, nanoseconds since 1970.
+    pub modified_ns: i128,
+    /// Its mode, type included.
+    pub mode: u32,
+    /// Its inode number: the same on every node of a shared file system.
+    pub inode: u64,
+}
+
+/// An address space without its pages.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Space {
+    /// Code, data, heap, stack, arguments, environment: start_code, end_code, start_data, end_data, start_brk, brk,
+    /// start_stack, arg_start, arg_end, env_start, env_end.
+    pub layout: [u64; 11],
+    /// The auxiliary vector.
+    pub auxv: Vec<u8>,
+    /// The program.
+    pub exe: FileRef,
+    /// The files that mappings name by index.
+    pub files: Vec<FileRef>,
+    /// The mappings, ascending.
+    pub mappings: Vec<Mapping>,
+    /// A hash of the vDSO's bytes: code of another kernel build cannot stand in for it.
+    pub vdso_hash: [u8; 32],
+}
+
+/// One mapping.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mapping {
+    /// First address.
+    pub start: u64,
+    /// Address after the last.
+    pub end: u64,
+    /// PROT_READ, PROT_WRITE, PROT_EXEC.
+    pub protection: u32,
+    /// What is behind it.
+    pub kind: MappingKind,
+    /// The flags of `VmFlags` that were set by madvise(2), mlock(2) or mmap(2), two letters each.
+    pub flags: Vec<[u8; 2]>,
+    /// Its PR_SET_VMA_ANON_NAME.
+    pub name: Option<Vec<u8>>,
+}
+
+/// What is behind a mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MappingKind {
+    /// Private anonymous memory: its pages are demand-paged.
+    Anonymous,
+    /// A private mapping of a file: pages that the program wrote travel before the resume.
+    PrivateFile {
+        /// Which of [`Space::files`].
+        file: u32,
+        /// Where it begins in the file.
+        offset: u64,
+    },
+    /// A shared mapping of a file that both nodes see.
+    SharedFile {
+        /// Which of [`Space::files`].
+        file: u32,
+        /// Where it begins in the file.
+        offset: u64,
+        /// The file must be opened for writing.
+        writable: bool,
+    },
+    /// The kernel's own: `[vdso]`, `[vvar]`, `[vvar_vclock]`, in this order of the letter.
+    Kernel(KernelMapping),
+}
+
+/// A mapping that the kernel makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum KernelMapping {
+    /// The code.
+    Vdso,
+    /// Its data.
+    Vvar,
+    /// Its data for paravirtual clocks (Linux 6.13 and later).
+    VvarClock,
+}
+
+/// A process's descriptors.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Files {
+    /// The open file descriptions; shared ones stand once.
+    pub descriptions: Vec<Description>,
+    /// The table, ascending.
+    pub table: Vec<Descriptor>,
+}
+
+/// One descriptor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Descriptor {
+    /// Its number.
+    pub number: i32,
+    /// Which of [`Files::descriptions`].
+    pub description: u32,
+    /// FD_CLOEXEC.
+    pub close_on_exec: bool,
+}
+
+/// One open file description.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Description {
+    /// The same in every process of a tree that shares it.
+    pub key: u64,
+    /// What it is.
+    pub kind: DescriptionKind,
+    /// Open flags without O_CLOEXEC.
+    pub flags: u32,
+    /// Its offset.
+    pub position: u64,
+    /// F_GETOWN: who gets SIGIO, if anybody.
+    pub owner: Option<(i32, i32)>,
+}
+
+/// What an open file description is of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DescriptionKind {
+    /// A regular file, found at the same path.
+    File(FileRef),
+    /// A regular file without a name: its bytes travel.
+    Deleted {
+        /// Where it was.
+        path: Vec<u8>,
+        /// Its permissions.
+        mode: u32,
+        /// Its bytes.
+        bytes: Vec<u8>,
+    },
+    /// A directory.
+    Directory(FileRef),
+    /// A character device that is the same everywhere: null, zero, full, random, urandom.
+    Device(FileRef),
+    /// A standard stream of a run.
+    Stream {
+        /// Which run.
+        run: RunId,
+        /// 0, 1, 2, or 3 for the terminal.
+        stream: u8,
+    },
+    /// One end of a pipe whose ends all move together.
+    Pipe {
+        /// Which pipe, among those of the tree.
+        pipe: u64,
+        /// The writing end.
+        write: bool,
+        /// F_GETPIPE_SZ.
+        capacity: u32,
+        /// The bytes in it (with its first reading end only).
+        bytes: Vec<u8>,
+    },
+    /// An event counter.
+    Event {
+        /// Its count.
+        count: u64,
+        /// EFD_SEMAPHORE.
+        semaphore: bool,
+    },
+}
+
+/// Signals and timers of a process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Signals {
+    /// `kernel_sigaction` for signals 1 to 64: handler, flags, restorer, mask.
+    pub actions: Vec<[u64; 4]>,
+    /// Pending for the process, as siginfo.
+    pub pending: Vec<Vec<u8>>,
+    /// setitimer(2): interval and value in microseconds for REAL, VIRTUAL, PROF.
+    pub interval_timers: [[u64; 2]; 3],
+    /// timer_create(2)'s timers.
+    pub timers: Vec<Timer>,
+}
+
+/// A POSIX timer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timer {
+    /// Its number.
+    pub id: i32,
+    /// Its clock.
+    pub clock: i32,
+    /// `sigev_notify`.
+    pub notify: i32,
+    /// The signal.
+    pub signal: i32,
+    /// The value that comes with it.
+    pub value: u64,
+    /// The thread it signals, for SIGEV_THREAD_ID.
+    pub thread: Option<Pid>,
+    /// Interval and remaining time, nanoseconds.
+    pub interval_ns: u64,
+    /// 0: not armed.
+    pub remaining_ns: u64,
+    /// timer_getoverrun(2) at the capture.
+    pub overrun: i32,
+}
+
+/// One thread.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThreadImage {
+    /// Its number.
+    pub tid: Pid,
+    /// Its name.
+    pub comm: Vec<u8>,
+    /// `user_regs_struct`, 27 words.
+    pub registers: Vec<u64>,
+    /// XSAVE area.
+    pub xstate: Vec<u8>,
+    /// Blocked signals.
+    pub mask: u64,
+    /// Pending for it alone, as siginfo.
+    pub pending: Vec<Vec<u8>>,
+    /// `stack_t`: pointer, flags, size.
+    pub alt_stack: [u64; 3],
+    /// Robust list head and length.
+    pub robust_list: [u64; 2],
+    /// set_tid_address(2).
+    pub clear_tid: u64,
+    /// rseq(2): address, length, signature.
+    pub rseq: Option<[u64; 3]>,
+    /// The call that it sleeps in, where the kernel would restart it by a block that only it has.
+    pub sleep: Option<Sleep>,
+    /// sched_getattr(2): policy, flags, nice, priority.
+    pub schedule: [i64; 4],
+    /// Its affinity, if it is not all CPUs of the source.
+    pub affinity: Option<Vec<u8>>,
+    /// ioprio_get(2).
+    pub io_priority: i32,
+    /// timerslack_ns.
+    pub timer_slack_ns: u64,
+    /// PR_GET_PDEATHSIG (of the leader).
+    pub parent_death_signal: i32,
+}
+
+/// A relative sleep that was under way at the freeze.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sleep {
+    /// The system call: nanosleep, clock_nanosleep, poll, futex.
+    pub number: i64,
+    /// Its arguments.
+    pub arguments: [u64; 6],
+    /// What is left of its time, nanoseconds.
+    pub remaining_ns: u64,
+}
+
+/// A run of pages with their bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pages {
+    /// The first page's address.
+    pub address: u64,
+    /// Whole pages.
+    pub bytes: Vec<u8>,
+}
+
+/// What the destination prepares from, while the program runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The process as it was when the plan was made.
+    pub image: ProcessImage,
+    /// Written pages of private file mappings, as they were.
+    pub file_pages: Vec<Pages>,
+    /// CLOCK_MONOTONIC and CLOCK_BOOTTIME of its time namespace when the plan was made, nanoseconds.
+    pub clocks_ns: [i64; 2],
+    /// Where the source's loop is mapped: not part of the program.
+    pub hole: (u64, u64),
+    /// Bytes of its anonymous memory, for the destination's admission.
+    pub resident_bytes: u64,
+    /// CPU features it may have seen.
+    pub cpu_features: Vec<String>,
+    /// Size of the extended state.
+    pub xstate_bytes: u32,
+}
+
+/// What travels inside the freeze, for one process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Essence {
+    /// As it is now. `space` or `files` are those of the plan where the flags below say so, and empty here.
+    pub lineage: Lineage,
+    /// What it may do.
+    pub traits: Traits,
+    /// Its address space, if it changed since the plan.
+    pub space: Option<Space>,
+    /// Its descriptors, if they changed since the plan.
+    pub files: Option<Files>,
+    /// Signals and timers.
+    pub signals: Signals,
+    /// Threads.
+    pub threads: Vec<ThreadImage>,
+    /// Seccomp filters.
+    pub seccomp: Vec<Vec<u8>>,
+    /// Stopped by a signal.
+    pub stopped_by: Option<i32>,
+    /// Pages of private file mappings that are not as in the plan.
+    pub file_pages: Vec<Pages>,
+    /// Pages of private file mappings that the plan had and that are the file's own again.
+    pub file_pages_dropped: Vec<u64>,
+    /// The hot pages of anonymous memory.
+    pub hot_pages: Vec<Pages>,
+    /// CLOCK_MONOTONIC and CLOCK_BOOTTIME of its time namespace inside the freeze, nanoseconds.
+    pub clocks_ns: [i64; 2],
+}

@@ -1,0 +1,407 @@
+//! Syscall scripts: system calls that a traced thread makes for itself, as data.
+//!
+//! Owns the loop (a few dozen instructions without a stack) that walks an array of records, and the [`Arena`]: a memfd
+//! mapped by the tracer and by the target, whose first page is the loop and whose rest holds records and buffers.
+//! Refuses to know what the calls are for. Invariants: the loop never returns into the program; after every run the
+//! caller's registers are back, so that a tracer that dies leaves the thread where it was; a child made by a record
+//! marked [`Script::child_parks`] waits in `pause` for ever; records of one arena are run by one thread at a time.
+
+use crate::ptrace::{Event, Registers, Stop, Stopped, TraceError};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+std::arch::global_asm!(
+    ".pushsection .text.dunlin_script, \"ax\"",
+    ".globl dunlin_script_begin",
+    ".globl dunlin_script_park",
+    ".globl dunlin_script_end",
+    "dunlin_script_begin:",
+    // rbx: the next record, r12: how many are left. Neither is changed by a system call.
+    "2: test r12, r12",
+    "   jz 5f",
+    "   mov eax, dword ptr [rbx]",
+    "   mov rdi, [rbx + 8]",
+    "   mov rsi, [rbx + 16]",
+    "   mov rdx, [rbx + 24]",
+    "   mov r10, [rbx + 32]",
+    "   mov r8, [rbx + 40]",
+    "   mov r9, [rbx + 48]",
+    "   syscall",
+    "   test rax, rax",
+    "   jnz 3f",
+    "   test dword ptr [rbx + 4], 2",
+    "   jnz dunlin_script_park",
+    "3: mov [rbx + 56], rax",
+    "   cmp rax, -4095",
+    "   jb 4f",
+    "   test dword ptr [rbx + 4], 1",
+    "   jnz 5f",
+    "4: add rbx, 64",
+    "   dec r12",
+    "   jmp 2b",
+    "5: int3",
+    "   jmp 5b",
+    "dunlin_script_park:",
+    "   mov eax, 34",
+    "   syscall",
+    "   jmp dunlin_script_park",
+    "dunlin_script_end:",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    static dunlin_script_begin: u8;
+    static dunlin_script_park: u8;
+    static dunlin_script_end: u8;
+}
+
+/// The loop's instructions, to be written to the first page of an arena.
+fn code() -> &'static [u8] {
+    // SAFETY: the three symbols bound one run of instructions in this program's own text.
+    unsafe {
+        let begin = &raw const dunlin_script_begin;
+        std::slice::from_raw_parts(begin, (&raw const dunlin_script_end).offset_from(begin) as usize)
+    }
+}
+
+fn park_offset() -> u64 {
+    // SAFETY: both symbols lie in the same run of instructions.
+    unsafe { (&raw const dunlin_script_park).offset_from(&raw const dunlin_script_begin) as u64 }
+}
+
+/// The size of a page.
+pub const PAGE: u64 = 4096;
+/// How much address space an arena takes in the target.
+pub const ARENA_BYTES: u64 = 4 << 20;
+const RECORD_BYTES: u64 = 64;
+const MUST_SUCCEED: u64 = 1 << 32;
+const CHILD_PARKS: u64 = 2 << 32;
+
+/// Memory shared by the tracer and one target, with the loop in it.
+#[derive(Debug)]
+pub struct Arena {
+    memory: NonNull<u8>,
+    memfd: OwnedFd,
+    base: u64,
+}
+
+// SAFETY: the mapping belongs to the arena alone; moving it to another thread moves the only handle.
+unsafe impl Send for Arena {}
+
+impl Arena {
+    /// Maps an arena over a memfd that the target made (and that the tracer took from it), to be mapped by the target
+    /// at `base`: the first page readable and executable, the rest readable and writable.
+    pub fn over(memfd: OwnedFd, base: u64) -> std::io::Result<Arena> {
+        ftruncate(&memfd, ARENA_BYTES)?;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let memory = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                ARENA_BYTES as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                &memfd,
+                0,
+            )?
+        };
+        let memory = NonNull::new(memory.cast()).ok_or(std::io::ErrorKind::OutOfMemory)?;
+        let arena = Arena { memory, memfd, base };
+        arena.write(0, code());
+        Ok(arena)
+    }
+
+    /// An arena over a memfd of the tracer's own.
+    pub fn new(base: u64) -> std::io::Result<Arena> {
+        Arena::over(memfd_create("dunlin-script", MemfdFlags::CLOEXEC)?, base)
+    }
+
+    /// The memfd behind it.
+    pub fn memfd(&self) -> BorrowedFd<'_> {
+        self.memfd.as_fd()
+    }
+
+    /// Where the target has it.
+    pub fn base(&self) -> u64 {
+        self.base
+    }
+
+    /// Where a thread waits for ever, in the target.
+    pub fn park_address(&self) -> u64 {
+        self.base + park_offset()
+    }
+
+    /// Touches the first `bytes`, so that no first touch falls into a freeze.
+    pub fn warm(&self, bytes: u64) {
+        for page in (PAGE..bytes.min(ARENA_BYTES)).step_by(PAGE as usize) {
+            let value = self.read(page, 1)[0];
+            self.write(page, &[value]);
+        }
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) {
+        assert!(offset + bytes.len() as u64 <= ARENA_BYTES, "a script outgrew its arena");
+        // SAFETY: the range lies inside the mapping (asserted); the target does not run while the tracer writes.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.memory.as_ptr().add(offset as usize), bytes.len());
+        }
+    }
+
+    fn read(&self, offset: u64, length: usize) -> Vec<u8> {
+        assert!(offset + length as u64 <= ARENA_BYTES, "a read past the arena");
+        let mut bytes = vec![0u8; length];
+        // SAFETY: the range lies inside the mapping (asserted), and `bytes` is as long.
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.memory.as_ptr().add(offset as usize), bytes.as_mut_ptr(), length);
+        }
+        bytes
+    }
+
+    fn answer(&self, record: u64) -> i64 {
+        let at = PAGE + record * RECORD_BYTES + 56;
+        // SAFETY: a record's answer is an aligned u64 inside the mapping; the target may have written it, hence atomic.
+        unsafe { AtomicU64::from_ptr(self.memory.as_ptr().add(at as usize).cast()) }.load(Ordering::Acquire) as i64
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: this mapping was made in `over` and nobody else has its address.
+        let _ = unsafe { munmap(self.memory.as_ptr().cast(), ARENA_BYTES as usize) };
+    }
+}
+
+/// A record of a script, to ask for its answer later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Call(usize);
+
+/// Bytes that live in the arena while the script runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Buffer {
+    /// Where the target sees them.
+    pub address: u64,
+    offset: u64,
+    length: usize,
+}
+
+/// System calls to be made by a target, in order.
+#[derive(Debug)]
+pub struct Script<'a> {
+    arena: &'a Arena,
+    records: Vec<[u64; 8]>,
+    names: Vec<&'static str>,
+    /// Buffers grow down from the arena's end, records up from its second page.
+    low: u64,
+}
+
+/// Why a script did not run to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum ScriptError {
+    /// A call that must succeed failed; the calls after it were not made.
+    #[error("{name} in the target: {errno}")]
+    Call {
+        /// The system call.
+        name: &'static str,
+        /// Which record.
+        index: usize,
+        /// The kernel's answer.
+        errno: crate::Errno,
+    },
+    /// The thread could not be traced.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    /// It is larger than an arena: an address space or a descriptor table beyond every bound.
+    #[error("a script of {records} calls does not fit its arena")]
+    TooLarge {
+        /// How many calls.
+        records: usize,
+    },
+}
+
+/// What the calls of a script answered.
+#[derive(Debug)]
+pub struct Answers<'a> {
+    arena: &'a Arena,
+}
+
+impl Answers<'_> {
+    /// The raw answer of one call (negative: an error number).
+    pub fn of(&self, call: Call) -> i64 {
+        self.arena.answer(call.0 as u64)
+    }
+
+    /// The bytes of a buffer as they are now.
+    pub fn bytes(&self, buffer: Buffer) -> Vec<u8> {
+        self.arena.read(buffer.offset, buffer.length)
+    }
+}
+
+impl<'a> Script<'a> {
+    /// An empty script over an arena whose earlier script has been read.
+    pub fn new(arena: &'a Arena) -> Script<'a> {
+        Script {
+            arena,
+            records: Vec::new(),
+            names: Vec::new(),
+            low: ARENA_BYTES,
+        }
+    }
+
+    /// How many calls it has.
+    pub fn len(&self) -> usize {
+        self.records.len()
+    }
+
+    /// Whether it has no call.
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+
+    /// Whether a few hundred more calls and buffers still fit; if not, run it and start another.
+    pub fn has_room(&self) -> bool {
+        PAGE + (self.records.len() as u64 + 1024) * RECORD_BYTES + (256 << 10) < self.low
+    }
+
+    /// Adds a call that must succeed.
+    pub fn call(&mut self, name: &'static str, number: i64, arguments: &[u64]) -> Call {
+        self.record(name, number as u64 | MUST_SUCCEED, arguments)
+    }
+
+    /// Adds a call that may fail.
+    pub fn attempt(&mut self, name: &'static str, number: i64, arguments: &[u64]) -> Call {
+        self.record(name, number as u64, arguments)
+    }
+
+    /// Adds a clone whose child waits in `pause` for ever.
+    pub fn child_parks(&mut self, name: &'static str, number: i64, arguments: &[u64]) -> Call {
+        self.record(name, number as u64 | MUST_SUCCEED | CHILD_PARKS, arguments)
+    }
+
+    fn record(&mut self, name: &'static str, number: u64, arguments: &[u64]) -> Call {
+        let mut record = [0u64; 8];
+        record[0] = number;
+        record[1..1 + arguments.len()].copy_from_slice(arguments);
+        self.records.push(record);
+        self.names.push(name);
+        Call(self.records.len() - 1)
+    }
+
+    /// Puts bytes where the target can read and write them.
+    pub fn bytes(&mut self, bytes: &[u8]) -> Buffer {
+        let buffer = self.space(bytes.len());
+        if buffer.offset >= PAGE {
+            self.arena.write(buffer.offset, bytes);
+        }
+        buffer
+    }
+
+    /// Puts a C string there.
+    pub fn text(&mut self, text: &[u8]) -> Buffer {
+        let mut bytes = text.to_vec();
+        bytes.push(0);
+        self.bytes(&bytes)
+    }
+
+    /// Reserves bytes that the target will write. What they hold before is undefined.
+    pub fn space(&mut self, length: usize) -> Buffer {
+        self.low = (self.low.saturating_sub(length as u64)) & !15;
+        Buffer {
+            address: self.arena.base + self.low,
+            offset: self.low,
+            length,
+        }
+    }
+
+    /// Runs the script in a stopped thread and hands the thread back, stopped, with its registers as before.
+    ///
+    /// The caller has blocked all of the thread's signals but SIGTRAP. A stop for another reason meanwhile (an
+    /// interrupt, SIGSTOP) is passed over: it is seen again when the thread is let go.
+    pub fn run(self, thread: Stopped) -> Result<(Stopped, Answers<'a>), ScriptError> {
+        let before = thread.registers()?;
+        let (thread, outcome) = self.run_from(thread, &before)?;
+        thread.set_registers(&before)?;
+        outcome.map(|answers| (thread, answers))
+    }
+
+    /// Stores the script and points a stopped thread at it, without running it. Its registers are lost.
+    pub fn start(self, thread: &Stopped) -> Result<(), ScriptError> {
+        let before = thread.registers()?;
+        self.store(thread, &before).map(|_| ())
+    }
+
+    /// What the first call of the script that ran last answered.
+    pub fn first_answer(&self) -> i64 {
+        self.arena.answer(0)
+    }
+
+    /// Like [`Script::run`], for a blank whose registers do not matter: they are the loop's afterwards.
+    pub fn run_in_blank(self, thread: Stopped) -> Result<(Stopped, Answers<'a>), ScriptError> {
+        let before = thread.registers()?;
+        let (thread, outcome) = self.run_from(thread, &before)?;
+        outcome.map(|answers| (thread, answers))
+    }
+
+    fn store(&self, thread: &Stopped, before: &Registers) -> Result<u64, ScriptError> {
+        let count = self.records.len() as u64;
+        if PAGE + count * RECORD_BYTES > self.low {
+            return Err(ScriptError::TooLarge {
+                records: self.records.len(),
+            });
+        }
+        for (index, record) in self.records.iter().enumerate() {
+            let mut bytes = [0u8; RECORD_BYTES as usize];
+            for (to, word) in bytes.chunks_exact_mut(8).zip(record) {
+                to.copy_from_slice(&word.to_le_bytes());
+            }
+            self.arena.write(PAGE + index as u64 * RECORD_BYTES, &bytes);
+        }
+        let registers = Registers {
+            rip: self.arena.base,
+            rbx: self.arena.base + PAGE,
+            r12: count,
+            // No restart logic of an interrupted call may move the instruction pointer.
+            orig_rax: u64::MAX,
+            rax: 0,
+            ..*before
+        };
+        thread.set_registers(&registers)?;
+        Ok(count)
+    }
+
+    #[allow(clippy::type_complexity)] // one pair, used by the two functions above
+    fn run_from(
+        self,
+        thread: Stopped,
+        before: &Registers,
+    ) -> Result<(Stopped, Result<Answers<'a>, ScriptError>), ScriptError> {
+        let count = self.store(&thread, before)?;
+        let mut running = thread.resume(0)?;
+        let thread = loop {
+            let tid = running.tid();
+            match running.wait()? {
+                Event::Ended(_) => return Err(TraceError::Gone { tid }.into()),
+                Event::Stopped(thread, Stop::Signal(libc::SIGTRAP)) => break thread,
+                Event::Stopped(thread, Stop::Cloned(_) | Stop::Interrupt | Stop::Syscall | Stop::Group(_)) => {
+                    running = thread.resume(0)?;
+                }
+                Event::Stopped(thread, stop @ (Stop::Exec | Stop::Signal(_))) => {
+                    return Err(TraceError::Unexpected {
+                        tid: thread.tid(),
+                        stop,
+                    }
+                    .into());
+                }
+            }
+        };
+        let left = thread.registers()?.r12;
+        if left == 0 {
+            return Ok((thread, Ok(Answers { arena: self.arena })));
+        }
+        let index = (count - left.min(count)) as usize;
+        let errno = crate::Errno(-self.arena.answer(index as u64) as i32);
+        let name = self.names.get(index).copied().unwrap_or("?");
+        Ok((thread, Err(ScriptError::Call { name, index, errno })))
+    }
+}
