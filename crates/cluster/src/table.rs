@@ -27,8 +27,7 @@ pub const MAX_FOREIGN_GRAVES: usize = 1024;
 pub struct Entry {
     /// How often it changed place, or nearly.
     pub incarnation: Incarnation,
-    /// The incarnation in which this life of the PID began, as far as is known here.
-    pub born: Incarnation,
+
     /// Where it is.
     pub place: Place,
     /// The ids of this slot it holds, its PID included.
@@ -39,8 +38,6 @@ pub struct Entry {
     pub homes: BTreeSet<Slot>,
     /// How many committed moves this entry has seen.
     pub moves: u32,
-    /// The move that brought it where it is, if this node decided that.
-    pub brought_by: Option<MoveId>,
 }
 
 /// Where a process is.
@@ -232,8 +229,13 @@ impl Table {
         }
     }
 
-    /// Who must be told when a process that runs here ends: all homes, and this table itself.
+    /// Who must be told when a process that runs here ends, in its [incarnation](Table::incarnation): all homes, and this
+    /// table itself, which must be told last: then it knows nothing of the process, and a daemon that was restarted in the
+    /// middle tells either all again or nobody. Without an entry it never left its home, or all have been told.
     pub fn to_be_told_of_end(&self, pid: Pid, ids: &[Pid]) -> BTreeSet<Slot> {
+        if !self.entries.contains_key(&pid) {
+            return BTreeSet::new();
+        }
         let mut nodes = self.homes(pid, ids);
         nodes.insert(self.here);
         nodes
@@ -262,13 +264,12 @@ impl Table {
         let from = move_id.source;
         let mut entry = self.entries.get(&pid).cloned().unwrap_or_else(|| Entry {
             incarnation: self.incarnation(pid),
-            born: self.incarnation(pid),
+
             place: Place::At(from),
             held: [pid].into(),
             reserved: false,
             homes: [self.here].into(),
             moves: 0,
-            brought_by: None,
         });
         entry.place = Place::Moving { move_id, from, to };
         let changes = self.put(pid, entry);
@@ -314,21 +315,16 @@ impl Table {
                 entry.reserved = false;
                 Ok(self.put(news.pid, entry))
             }
-            Some(_) | None => self.change(news, news.node != self.here, None),
+            Some(_) | None => self.change(news, news.node != self.here),
         }
     }
 
     /// As [`Table::learn`], for the decision itself: even if it goes here, nothing here holds its ids before the resume.
-    pub fn commit(&mut self, move_id: MoveId, news: &EntryChange) -> Result<Reservations, TableError> {
-        self.change(news, true, Some(move_id))
+    pub fn commit(&mut self, news: &EntryChange) -> Result<Reservations, TableError> {
+        self.change(news, true)
     }
 
-    fn change(
-        &mut self,
-        news: &EntryChange,
-        reserved: bool,
-        brought_by: Option<MoveId>,
-    ) -> Result<Reservations, TableError> {
+    fn change(&mut self, news: &EntryChange, reserved: bool) -> Result<Reservations, TableError> {
         let old = self.entries.get(&news.pid);
         let stale = match old {
             Some(entry) => entry.incarnation >= news.incarnation,
@@ -350,35 +346,30 @@ impl Table {
         if old.is_none() && !is_ours(&news.pid) && self.foreign >= MAX_FOREIGN_ENTRIES {
             return Err(TableError::Full);
         }
-        let born = match old {
-            Some(entry) => entry.born,
-            None if is_ours(&news.pid) => self.incarnation(news.pid),
-            None => news.incarnation,
-        };
+
         let entry = Entry {
             incarnation: news.incarnation,
-            born,
             place: Place::At(news.node),
             held,
             reserved,
             homes: news.homes.clone(),
             moves: old.map_or(0, |e| e.moves) + 1,
-            brought_by,
         };
         Ok(self.put(news.pid, entry))
     }
 
-    /// Would [`Table::ended`] remove an entry? A process ends once, so it does not matter whether whoever saw it end knew its
-    /// latest incarnation (an abort raises it, too), but only whether it was this life.
+    /// Would [`Table::ended`] remove an entry? Whoever sees a process end knows of its last commit, though perhaps not of an
+    /// abort since; and an earlier life of its PID had fewer commits.
     pub fn is_alive_in(&self, pid: Pid, incarnation: Incarnation) -> bool {
-        self.entries.get(&pid).is_some_and(|entry| entry.born <= incarnation)
+        let entry = self.entries.get(&pid);
+        entry.is_some_and(|entry| entry.incarnation.commits() <= incarnation.commits())
     }
 
     /// It has ended in this incarnation. What it held of ours is released.
     pub fn ended(&mut self, pid: Pid, incarnation: Incarnation) -> Reservations {
         match self.entries.get(&pid) {
-            Some(entry) if entry.born > incarnation => Reservations::default(),
-            Some(entry) => self.bury(pid, incarnation.max(entry.incarnation)),
+            Some(entry) if self.is_alive_in(pid, incarnation) => self.bury(pid, incarnation.max(entry.incarnation)),
+            Some(_) => Reservations::default(),
             // The news of its last move may still be under way. One that never moved leaves no grave: forks are many.
             None if incarnation == Incarnation::default() => Reservations::default(),
             None if self.graves.get(&pid).is_some_and(|grave| *grave >= incarnation) => Reservations::default(),

@@ -5,10 +5,6 @@ use super::*;
 const HERE: Slot = Slot(1);
 const OURS: Pid = Pid(105);
 const THEIRS: Pid = Pid(106);
-const MOVE: MoveId = MoveId {
-    source: Slot(2),
-    nonce: 1,
-};
 
 fn table() -> Table {
     Table::new(Modulus(8), HERE)
@@ -73,13 +69,13 @@ fn what_comes_home_is_reserved_until_it_is_resumed() {
     let mut t = table();
     let _ = t.learn(&news(OURS, 1, 2, &[113])).unwrap();
     // The home is the destination: the decision alone puts nothing into the nest.
-    assert_eq!(t.commit(MOVE, &news(OURS, 2, 1, &[113])), Ok(changes(&[], &[])));
+    assert_eq!(t.commit(&news(OURS, 2, 1, &[113])), Ok(changes(&[], &[])));
     assert_eq!(t.whereabouts(OURS), Whereabouts::Known(Place::At(HERE)));
     assert_eq!(t.learn(&news(OURS, 2, 1, &[113])), Ok(changes(&[], &[105, 113])));
     assert_eq!(t.learn(&news(OURS, 2, 1, &[113])), Ok(changes(&[], &[])));
     // And if it is lost before: released, too.
     let _ = t.learn(&news(OURS, 3, 2, &[])).unwrap();
-    let _ = t.commit(MOVE, &news(OURS, 4, 1, &[])).unwrap();
+    let _ = t.commit(&news(OURS, 4, 1, &[])).unwrap();
     assert_eq!(t.ended(OURS, Incarnation(4)), changes(&[], &[105]));
 }
 

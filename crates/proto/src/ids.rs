@@ -58,6 +58,11 @@ impl Incarnation {
         Incarnation(((self.0 >> 16) + 1) << 16)
     }
 
+    /// How many commits there were.
+    pub fn commits(self) -> u64 {
+        self.0 >> 16
+    }
+
     /// The incarnation after an aborted move.
     pub fn after_abort(self) -> Self {
         Incarnation(self.0 + 1)

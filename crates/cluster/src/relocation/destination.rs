@@ -72,8 +72,9 @@ pub enum DestinationAction {
         /// This.
         msg: MoveMsg,
     },
-    /// Would it move (the proposal)? Then `Accepted` or `Refused`; refused, too, if a PID is in use here by a copy whose own
-    /// move away from here has an outcome that this node does not know yet.
+    /// Would it move (the proposal)? Then `Accepted` or `Refused`. To be refused, too, as long as a PID is in use here, by a
+    /// copy whose move away has an outcome that this node does not know yet, or by another move's blank; and as long as there is
+    /// a record of another move with this PID, since [`Found`] could not tell after a restart which of them it was.
     Check(Vec<u8>),
     /// Make what can be made before the essence; then `Prepared` or `Failed`.
     Prepare(Vec<u8>),
@@ -116,7 +117,7 @@ enum State {
         members: Vec<Member>,
         retry: Retry,
     },
-    /// It runs; the home is told until it knows.
+    /// It runs, or its end is told to all concerned; the home is told until it knows.
     Running {
         retry: Retry,
     },
@@ -159,10 +160,10 @@ impl DestinationMove {
         } = record;
         let mut this = DestinationMove::new(here, limits, move_id, home, State::Ended);
         match (ended, found) {
-            (Some(ending), _) => this.tell_end(&members, ending),
+            (Some(ending), _) => this.tell_end(now, &members, ending),
             (None, Found::Running) => this.tell_running(now, &members),
             (None, Found::Ended(ending)) => {
-                this.tell_gone(&members);
+                this.tell_home(DestinationToHome::Gone);
                 let retry = Retry::asked(now);
                 this.state = State::Gone { members, ending, retry };
             }
@@ -267,13 +268,9 @@ impl DestinationMove {
                     self.tell_home(DestinationToHome::Resumed);
                 }
             }
-            State::Gone { members, retry, .. } => {
+            State::Gone { retry, .. } => {
                 if retry.is_due(now) {
-                    let members = std::mem::take(members);
-                    self.tell_gone(&members);
-                    if let State::Gone { members: again, .. } = &mut self.state {
-                        *again = members;
-                    }
+                    self.tell_home(DestinationToHome::Gone);
                 }
             }
             State::Checking | State::Preparing | State::Rebuilding { .. } | State::Ended => {}
@@ -350,7 +347,7 @@ impl DestinationMove {
                 {
                     if committed {
                         self.persist(members.clone(), Some(ending));
-                        self.tell_end(&members, ending);
+                        self.tell_end(now, &members, ending);
                     } else {
                         self.do_(DestinationAction::Forget);
                     }
@@ -392,20 +389,17 @@ impl DestinationMove {
 
     fn tell_running(&mut self, now: Now, members: &[Member]) {
         self.do_(DestinationAction::Learn(entries_after_commit(members, self.here)));
+        self.tell_resumed(now);
+    }
+
+    fn tell_resumed(&mut self, now: Now) {
         self.tell_home(DestinationToHome::Resumed);
         let retry = Retry::asked(now);
         self.state = State::Running { retry };
     }
 
-    fn tell_gone(&mut self, members: &[Member]) {
-        if let Some(root) = members.first() {
-            let root = root.pid;
-            self.tell_home(DestinationToHome::Gone { root });
-        }
-    }
-
     /// The processes have ended here: all homes are to know, and whoever keeps pages for them.
-    fn tell_end(&mut self, members: &[Member], ending: Ending) {
+    fn tell_end(&mut self, now: Now, members: &[Member], ending: Ending) {
         for member in members {
             let (pid, incarnation) = (member.pid, member.incarnation.after_commit());
             let notice = Notice::Ended {
@@ -421,7 +415,7 @@ impl DestinationMove {
                 self.do_(DestinationAction::Post { to, notice });
             }
         }
-        self.do_(DestinationAction::Forget);
+        self.tell_resumed(now);
     }
 
     fn persist(&mut self, members: Vec<Member>, ended: Option<Ending>) {

@@ -220,7 +220,7 @@ impl Home {
         let mut reservations = Reservations::default();
         for entry in entries {
             // There was room when it was decided.
-            if let Ok(more) = self.table.commit(move_id, entry) {
+            if let Ok(more) = self.table.commit(entry) {
                 reservations.add(more);
             }
         }
@@ -445,24 +445,19 @@ impl Home {
                 }
                 self.tell_destination(from, move_id, HomeToDestination::ResumedNoted);
             }
-            DestinationToHome::Gone { root } => {
-                match known.map(|record| &record.stage) {
-                    Some(Stage::Leased) => self.abort(now, move_id),
-                    Some(Stage::Committed { .. }) => self.update(move_id, destination_is_done),
-                    Some(Stage::Aborted { .. }) | None => {}
-                }
-                let word = HomeToDestination::GoneNoted {
-                    committed: self.is_where_it_went(from, move_id, root),
+            // The record stays until the destination has taken over telling everyone.
+            DestinationToHome::Gone => {
+                let committed = match known.map(|record| &record.stage) {
+                    Some(Stage::Leased) => {
+                        self.abort(now, move_id);
+                        false
+                    }
+                    Some(Stage::Committed { .. }) => true,
+                    Some(Stage::Aborted { .. }) | None => false,
                 };
-                self.tell_destination(from, move_id, word);
+                self.tell_destination(from, move_id, HomeToDestination::GoneNoted { committed });
             }
         }
-    }
-
-    /// Is `root` still where this move brought it? The entry knows after the record is forgotten.
-    fn is_where_it_went(&self, node: Slot, move_id: MoveId, root: Pid) -> bool {
-        let entry = self.table.entry(root);
-        entry.is_some_and(|e| e.brought_by == Some(move_id) && e.place == Place::At(node))
     }
 
     fn may_commit(&self, move_id: MoveId, members: &[Member]) -> bool {
