@@ -170,7 +170,7 @@ pub fn stray(msg: &MoveMsg) -> Stray {
 pub(crate) fn entries_after_commit(members: &[Member], destination: Slot) -> Vec<EntryChange> {
     let entry = |m: &Member| EntryChange {
         pid: m.pid,
-        incarnation: m.incarnation.next(),
+        incarnation: m.incarnation.after_commit(),
         node: destination,
         ids: m.ids.clone(),
         homes: m.homes.clone(),

@@ -430,7 +430,7 @@ impl Incoming {
         }
         let space = self.spaces[index].clone();
         let member = self.members.iter().find(|m| m.pid == pid);
-        let incarnation = member.map(|m| m.incarnation.next()).unwrap_or_default();
+        let incarnation = member.map(|m| m.incarnation.after_commit()).unwrap_or_default();
         let streams = streams_of(process, &self.prepared[index].plan);
         let elsewhere = {
             let space = space.clone();
