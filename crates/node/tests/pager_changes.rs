@@ -242,17 +242,13 @@ fn forking_in_a_hurry_while_pages_arrive() {
     for round in 0..10 {
         let stage = stage();
         stage.holder.set_down(false);
-        for slot in 1..6 {
+        for slot in 1..6usize {
             stage
                 .program
                 .hand(0)
                 .peek(BASE + (slot as u64 * 97 + round) % 600 * PAGE)
                 .unwrap();
-            stage
-                .program
-                .hand(if slot > 3 { slot - 3 } else { 0 })
-                .fork(slot)
-                .unwrap();
+            stage.program.hand(slot.saturating_sub(3)).fork(slot).unwrap();
         }
         for slot in (0..6).rev() {
             stage.expect(slot, BASE, 600, 0);

@@ -342,3 +342,26 @@ fn memory_is_read_through_the_file_and_through_the_task() {
     vmcopy::read(&mem, BASE, &mut b).unwrap();
     assert_eq!(a, b);
 }
+
+#[test]
+fn a_space_that_is_gone_is_an_error_and_not_an_empty_one() {
+    let puppet = filled(&REGION, 8);
+    let pagemap = vmcopy::open_pagemap(puppet.pid()).unwrap();
+    let mem = vmcopy::open_mem(puppet.pid()).unwrap();
+    drop(puppet);
+    let scanned: Vec<_> = pagemap::scan(&pagemap, BASE, BASE + PAGE, Query::CONTENT).collect();
+    assert_eq!(scanned, [Err(dunlin_sys::Errno(3))]);
+    assert!(pagemap::entries(&pagemap, BASE, 1).is_err());
+    assert!(vmcopy::read(&mem, BASE, &mut [0; 8]).is_err());
+}
+
+#[test]
+fn open_files_do_not_keep_the_pages_of_a_process() {
+    // Hence the image keeper, which shares the memory.
+    let puppet = filled(&REGION, 8);
+    let mem = vmcopy::open_mem(puppet.pid()).unwrap();
+    let mut before = [0; 8];
+    vmcopy::read(&mem, BASE, &mut before).unwrap();
+    puppet.hand(0).exec().unwrap();
+    assert!(vmcopy::read(&mem, BASE, &mut before).is_err());
+}
