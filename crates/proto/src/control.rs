@@ -76,6 +76,9 @@ pub struct WindowSize {
     pub cols: u16,
 }
 
+/// Input bytes of a run that may be sent before any was taken ([`Reply::InputTaken`]).
+pub const INPUT_WINDOW_BYTES: u64 = 256 << 10;
+
 /// What the caller of a run sends on while it goes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum RunInput {
@@ -130,7 +133,7 @@ pub struct MoveRequest {
 }
 
 /// How a process ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum ExitStatus {
     /// `exit(code)`.
     Code(i32),
@@ -161,6 +164,12 @@ pub enum Reply {
         /// The bytes.
         bytes: Vec<u8>,
     },
+    /// So many more bytes of a run's input may be sent: the caller of a run sends at most [`INPUT_WINDOW_BYTES`] of
+    /// [`RunInput::Stdin`] beyond what was taken, so that a program that does not read never delays a signal.
+    InputTaken {
+        /// Bytes passed on since the last of these.
+        bytes: u32,
+    },
     /// The run, or the process waited for, has ended.
     Exited(ExitStatus),
     /// The processes, by PID.
@@ -190,7 +199,7 @@ impl Reply {
     /// Does this end the connection?
     pub fn is_last(&self) -> bool {
         match self {
-            Reply::Started { .. } | Reply::Output { .. } | Reply::Progress(_) => false,
+            Reply::Started { .. } | Reply::Output { .. } | Reply::InputTaken { .. } | Reply::Progress(_) => false,
             Reply::Exited(_)
             | Reply::Processes { .. }
             | Reply::Moved(_)

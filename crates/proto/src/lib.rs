@@ -11,6 +11,8 @@ pub mod ids;
 pub mod image;
 pub mod pages;
 pub mod peer;
+pub mod relocation;
+pub mod stream;
 
 /// The version both ends must share; sent in every [`peer::Hello`].
 pub const PROTOCOL: u32 = 1;

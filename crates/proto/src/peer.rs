@@ -1,1 +1,239 @@
-//! peer
+//! What daemons say to each other.
+//!
+//! Every connection starts with a [`Hello`] that names its purpose, answered by a [`Welcome`]. What follows depends on
+//! the purpose: [`Purpose::Rpc`] carries [`PeerRequest`]s, each answered by one [`PeerReply`] before the next is sent;
+//! [`Purpose::Command`] one [`control::Request`](crate::control::Request) and its replies, as over `control.sock`;
+//! [`Purpose::Stream`] the frames of [`crate::stream`]; the others belong to the move and the pager.
+//!
+//! Owns these types. Refuses to know how a node is reached. A peer is believed about *its own* processes and about the
+//! users of its own control socket, and about nothing else.
+
+use crate::control::{ExitStatus, Failure, NodeStatus, ProcessRow};
+use crate::ids::{ImageId, Incarnation, MoveId, Pid, RunId, Slot};
+use crate::stream::{StreamOpen, TtyState};
+use serde::{Deserialize, Serialize};
+
+/// The first frame of every connection between daemons.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`crate::PROTOCOL`] of the caller.
+    pub protocol: u32,
+    /// The cluster that the caller belongs to.
+    pub cluster: String,
+    /// The caller.
+    pub from: Slot,
+    /// Drawn at random by each daemon when it starts: a new one means that what the old one held in memory is gone.
+    pub boot: u64,
+    /// What the connection is for.
+    pub purpose: Purpose,
+}
+
+/// What a connection is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Purpose {
+    /// Requests and replies, one at a time.
+    Rpc,
+    /// One command of a user of the calling node.
+    Command(Caller),
+    /// The protocol of one move.
+    Move(MoveId),
+    /// The words of the move protocol, one way: [`crate::relocation::MoveMsg`] frames.
+    Relocation,
+    /// The pages of one image.
+    Pages(ImageId),
+    /// A standard stream of a run.
+    Stream(StreamOpen),
+}
+
+/// The answer to a [`Hello`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Welcome {
+    /// Go on.
+    Accepted {
+        /// The called daemon's nonce.
+        boot: u64,
+    },
+    /// The connection is of no use; the reason is for a person.
+    Refused {
+        /// Lower-case, names the object.
+        reason: String,
+    },
+}
+
+/// Who asked for something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Caller {
+    /// The real user.
+    pub uid: u32,
+    /// The effective user, which differs for set-user-ID programs that send signals.
+    pub euid: u32,
+    /// May touch everybody's processes (root; CAP_KILL of a sender of signals; the system itself).
+    pub privileged: bool,
+}
+
+impl Caller {
+    /// The system itself: what it passes on was permitted before.
+    pub const SYSTEM: Caller = Caller {
+        uid: 0,
+        euid: 0,
+        privileged: true,
+    };
+
+    /// A user, root being privileged.
+    pub fn user(uid: u32) -> Caller {
+        Caller {
+            uid,
+            euid: uid,
+            privileged: uid == 0,
+        }
+    }
+}
+
+/// One request between daemons.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum PeerRequest {
+    /// The processes that run on the called node (`Processes`).
+    Ps,
+    /// The called node's state (`Status`).
+    Status,
+    /// To a process's home: where is it (`Located`)?
+    Locate {
+        /// The process.
+        pid: Pid,
+    },
+    /// To the node where a process is: send it a signal (`Done`, `NotHere`, `Failed`).
+    Signal {
+        /// The process.
+        pid: Pid,
+        /// The signal; 0 only asks whether it could be sent.
+        signal: i32,
+        /// The 128 bytes of its `siginfo_t`, where it has a payload.
+        siginfo: Option<Vec<u8>>,
+        /// Who sends it.
+        by: Caller,
+    },
+    /// To the node where a process is: wait for a bounded while for its end (`Exited`, `NotYet`, `NotHere`, `Failed`).
+    Wait {
+        /// The process.
+        pid: Pid,
+        /// Who asks.
+        by: Caller,
+    },
+    /// To a process's home: it has ended on the calling node (`Done`).
+    Exited {
+        /// The process.
+        pid: Pid,
+        /// Whose it was.
+        uid: u32,
+        /// How it ended.
+        status: ExitStatus,
+        /// The entry's, as the calling node knows it.
+        incarnation: Incarnation,
+    },
+    /// To a node that may hold surrogates of `child` (`Done`).
+    ChildChanged {
+        /// Whose parent would be told by its kernel.
+        child: Pid,
+        /// What has become of it.
+        change: Change,
+    },
+    /// To the origin of a run: its top process is on the calling node now, its input is to go there (`Done`, `NotHere`).
+    InputHere {
+        /// The run.
+        run: RunId,
+    },
+    /// To the node that a process has come to: how far its pages have come (`Drain`).
+    Drain {
+        /// The process.
+        pid: Pid,
+    },
+    /// To the destination of a move to be: could these be restored there (`Obstacles`)? Postcard of a list of
+    /// [`crate::image::Plan`]s without pages.
+    Examine {
+        /// The plans.
+        plans: Vec<u8>,
+    },
+    /// What CLOCK_MONOTONIC and CLOCK_BOOTTIME of the called node are, outside its nest (`Clocks`).
+    Clocks,
+    /// To the origin of a run: the state of its terminal, as the node that gave the process up last told it (`Tty`,
+    /// `NotHere`).
+    Terminal {
+        /// The run.
+        run: RunId,
+    },
+}
+
+/// What a parent is told of a child.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Change {
+    /// It has ended.
+    Ended(ExitStatus),
+    /// It was stopped.
+    Stopped,
+    /// It goes on.
+    Continued,
+}
+
+/// The answer to a [`PeerRequest`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum PeerReply {
+    /// Done.
+    Done,
+    /// To `Ps`.
+    Processes(Vec<ProcessRow>),
+    /// To `Status`.
+    Status(NodeStatus),
+    /// To `Locate`.
+    Located(Located),
+    /// To `Wait`: it has ended.
+    Exited(ExitStatus),
+    /// To `Wait`: it runs; ask again.
+    NotYet,
+    /// The process or run is not, or no longer, on the called node: ask its home again.
+    NotHere,
+    /// To `Drain`; `None` for a process that did not come by a move.
+    Drain(Option<Drain>),
+    /// To `Examine`.
+    Obstacles(Vec<crate::control::Obstacle>),
+    /// To `Clocks`, nanoseconds.
+    Clocks([i64; 2]),
+    /// To `Terminal`.
+    Tty(TtyState),
+    /// It could not be done.
+    Failed(Failure),
+}
+
+/// What a home knows of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Located {
+    /// It is on that node.
+    At(Slot),
+    /// It has ended not long ago.
+    Ended {
+        /// How.
+        status: ExitStatus,
+        /// Whose it was.
+        uid: u32,
+    },
+    /// There is none.
+    Nowhere,
+}
+
+/// How far the pages of a moved process have come.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Drain {
+    /// Pages elsewhere when it came.
+    pub pages_total: u64,
+    /// Pages still elsewhere.
+    pub pages_left: u64,
+    /// Pages that it waited for.
+    pub pages_faulted: u64,
+    /// Pages that came unasked.
+    pub pages_pushed: u64,
+    /// The recent rate.
+    pub bytes_per_second: u64,
+    /// How long it waited for a page.
+    pub fault_us: crate::control::Quantiles,
+    /// The pager's work is over.
+    pub finished: bool,
+}

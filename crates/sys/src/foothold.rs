@@ -156,6 +156,24 @@ pub fn take_descriptor(process: i32, fd: i32) -> io::Result<std::os::fd::OwnedFd
     Ok(pidfd_getfd(pidfd, fd, PidfdGetfdFlags::empty())?)
 }
 
+/// A `syscall` instruction of a process that is not ours: the one in its vDSO.
+pub fn syscall_instruction(dir: &ProcDir) -> Result<u64, FootholdError> {
+    let text = dir
+        .bytes("maps")
+        .map_err(|source| FootholdError::Io { what: "maps", source })?;
+    let mappings = maps::parse(&text).map_err(|e| FootholdError::Io {
+        what: "maps",
+        source: e.into(),
+    })?;
+    find_syscall(
+        dir,
+        mappings
+            .iter()
+            .find(|m| m.name == b"[vdso]")
+            .ok_or(FootholdError::NoVdso)?,
+    )
+}
+
 fn find_syscall(dir: &ProcDir, vdso: &maps::Mapping) -> Result<u64, FootholdError> {
     let read = || -> io::Result<Vec<u8>> {
         let mut code = vec![0u8; vdso.length() as usize];

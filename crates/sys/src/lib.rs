@@ -4,14 +4,27 @@
 //! a node, a move or a cluster is. Invariants: every file descriptor is an `OwnedFd`; every unsafe block says why it is
 //! sound; a kernel answer is parsed, never asserted.
 
+pub mod addfd;
+pub mod fdpass;
 pub mod foothold;
+pub mod foreground;
 pub mod inspect;
+pub mod namespace;
+pub mod nudge;
 pub mod pagemap;
+pub mod peergroups;
+pub mod pidfd;
+pub mod probe;
 pub mod procfs;
 pub mod ptrace;
 #[cfg(feature = "puppet")]
 pub mod puppet;
 pub mod script;
+pub mod seccomp;
+pub mod sigwait;
+pub mod spawn;
+pub mod surrogate;
+pub mod termination;
 pub mod uffd;
 pub mod vmcopy;
 

@@ -237,6 +237,15 @@ impl Running {
 }
 
 impl Stopped {
+    /// A thread of which this OS thread knows that it is its tracer and that it is stopped, after a failed call has
+    /// swallowed the value. Requests for a thread that is not stopped fail with [`TraceError::Gone`].
+    pub fn assume(tid: i32) -> Stopped {
+        Stopped {
+            tid,
+            not_send: PhantomData,
+        }
+    }
+
     /// The thread's number, in the tracer's numbering.
     pub fn tid(&self) -> i32 {
         self.tid
@@ -435,6 +444,83 @@ impl Stopped {
     ///
     /// The caller has blocked all signals (a SIGSTOP that comes meanwhile is kept and raised again).
     pub fn inject(self, instruction: u64, number: i64, arguments: [u64; 6]) -> Result<(Stopped, i64), TraceError> {
+        let before = self.begin_call(instruction, number, arguments)?;
+        let (entered, _) = self.run_to_syscall_stop()?;
+        let (left, _) = entered.run_to_syscall_stop()?;
+        let answer = left.registers()?.rax as i64;
+        left.set_registers(&before)?;
+        Ok((left, answer))
+    }
+
+    /// Like [`Stopped::inject`], for clone(2) and its like under [`Options::follow`]: hands back the new task as well,
+    /// stopped before its first instruction.
+    pub fn inject_clone(
+        self,
+        instruction: u64,
+        number: i64,
+        arguments: [u64; 6],
+    ) -> Result<(Stopped, i64, Option<Stopped>), TraceError> {
+        let before = self.begin_call(instruction, number, arguments)?;
+        let (entered, _) = self.run_to_syscall_stop()?;
+        let (left, child) = entered.run_to_syscall_stop()?;
+        let answer = left.registers()?.rax as i64;
+        left.set_registers(&before)?;
+        let child = match child.map(|tid| Running::announced(tid).wait()).transpose()? {
+            Some(Event::Stopped(child, _)) => Some(child),
+            Some(Event::Ended(_)) | None => None,
+        };
+        Ok((left, answer, child))
+    }
+
+    /// Like [`Stopped::inject`], for execveat(2): on success the thread is stopped before the first instruction of the
+    /// new program, whose registers it has; on failure it is as before.
+    pub fn inject_exec(
+        self,
+        instruction: u64,
+        number: i64,
+        arguments: [u64; 6],
+    ) -> Result<(Stopped, Result<(), Errno>), TraceError> {
+        let before = self.begin_call(instruction, number, arguments)?;
+        let (entered, _) = self.run_to_syscall_stop()?;
+        let mut running = entered.resume_to_syscall(0)?;
+        let mut executed = false;
+        loop {
+            let tid = running.tid;
+            match running.wait()? {
+                Event::Ended(_) => return Err(TraceError::Gone { tid }),
+                Event::Stopped(thread, Stop::Exec) => {
+                    executed = true;
+                    running = thread.resume_to_syscall(0)?;
+                }
+                // The exit of the call, which a tracer that asks for syscall-stops sees after the exec.
+                Event::Stopped(thread, Stop::Syscall) if executed => return Ok((thread, Ok(()))),
+                Event::Stopped(thread, Stop::Syscall) => {
+                    let answer = thread.registers()?.rax as i64;
+                    thread.set_registers(&before)?;
+                    return Ok((thread, Err(Errno(-answer as i32))));
+                }
+                Event::Stopped(thread, Stop::Interrupt | Stop::Group(_) | Stop::Cloned(_)) => {
+                    running = thread.resume_to_syscall(0)?;
+                }
+                Event::Stopped(thread, stop @ Stop::Signal(_)) => {
+                    return Err(TraceError::Unexpected { tid: thread.tid, stop });
+                }
+            }
+        }
+    }
+
+    /// Executes one instruction. The caller has unblocked SIGTRAP.
+    pub fn step(self) -> Result<Stopped, TraceError> {
+        let tid = self.tid;
+        request(tid, "PTRACE_SINGLESTEP", libc::PTRACE_SINGLESTEP, 0, 0)?;
+        match Running::announced(tid).wait()? {
+            Event::Ended(_) => Err(TraceError::Gone { tid }),
+            Event::Stopped(thread, _) => Ok(thread),
+        }
+    }
+
+    /// Sets the registers for a call and hands back those of before.
+    fn begin_call(&self, instruction: u64, number: i64, arguments: [u64; 6]) -> Result<Registers, TraceError> {
         let before = self.registers()?;
         let [rdi, rsi, rdx, r10, r8, r9] = arguments;
         let call = Registers {
@@ -451,24 +537,26 @@ impl Stopped {
             ..before
         };
         self.set_registers(&call)?;
-        let entered = self.run_to_syscall_stop()?;
-        let left = entered.run_to_syscall_stop()?;
-        let answer = left.registers()?.rax as i64;
-        left.set_registers(&before)?;
-        Ok((left, answer))
+        Ok(before)
     }
 
-    fn run_to_syscall_stop(self) -> Result<Stopped, TraceError> {
+    /// Runs to the next syscall-stop; tells which task was made on the way.
+    fn run_to_syscall_stop(self) -> Result<(Stopped, Option<i32>), TraceError> {
+        let mut child = None;
         let mut running = self.resume_to_syscall(0)?;
         loop {
             let tid = running.tid;
             match running.wait()? {
                 Event::Ended(_) => return Err(TraceError::Gone { tid }),
-                Event::Stopped(stopped, Stop::Syscall) => return Ok(stopped),
+                Event::Stopped(stopped, Stop::Syscall) => return Ok((stopped, child)),
                 // An interrupt that was asked for before, or a SIGSTOP: it is still pending for the process, or will be
                 // seen as its group-stop later.
                 Event::Stopped(stopped, Stop::Interrupt | Stop::Group(_)) => running = stopped.resume_to_syscall(0)?,
-                Event::Stopped(stopped, Stop::Cloned(_) | Stop::Exec) => running = stopped.resume_to_syscall(0)?,
+                Event::Stopped(stopped, Stop::Cloned(tid)) => {
+                    child = Some(tid);
+                    running = stopped.resume_to_syscall(0)?;
+                }
+                Event::Stopped(stopped, Stop::Exec) => running = stopped.resume_to_syscall(0)?,
                 Event::Stopped(stopped, stop @ Stop::Signal(_)) => {
                     return Err(TraceError::Unexpected { tid: stopped.tid, stop });
                 }

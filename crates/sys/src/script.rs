@@ -325,6 +325,17 @@ impl<'a> Script<'a> {
         outcome.map(|answers| (thread, answers))
     }
 
+    /// Stores the script and points a stopped thread at it, without running it. Its registers are lost.
+    pub fn start(self, thread: &Stopped) -> Result<(), ScriptError> {
+        let before = thread.registers()?;
+        self.store(thread, &before).map(|_| ())
+    }
+
+    /// What the first call of the script that ran last answered.
+    pub fn first_answer(&self) -> i64 {
+        self.arena.answer(0)
+    }
+
     /// Like [`Script::run`], for a blank whose registers do not matter: they are the loop's afterwards.
     pub fn run_in_blank(self, thread: Stopped) -> Result<(Stopped, Answers<'a>), ScriptError> {
         let before = thread.registers()?;
@@ -332,12 +343,7 @@ impl<'a> Script<'a> {
         outcome.map(|answers| (thread, answers))
     }
 
-    #[allow(clippy::type_complexity)] // one pair, used by the two functions above
-    fn run_from(
-        self,
-        thread: Stopped,
-        before: &Registers,
-    ) -> Result<(Stopped, Result<Answers<'a>, ScriptError>), ScriptError> {
+    fn store(&self, thread: &Stopped, before: &Registers) -> Result<u64, ScriptError> {
         let count = self.records.len() as u64;
         if PAGE + count * RECORD_BYTES > self.low {
             return Err(ScriptError::TooLarge {
@@ -361,6 +367,16 @@ impl<'a> Script<'a> {
             ..*before
         };
         thread.set_registers(&registers)?;
+        Ok(count)
+    }
+
+    #[allow(clippy::type_complexity)] // one pair, used by the two functions above
+    fn run_from(
+        self,
+        thread: Stopped,
+        before: &Registers,
+    ) -> Result<(Stopped, Result<Answers<'a>, ScriptError>), ScriptError> {
+        let count = self.store(&thread, before)?;
         let mut running = thread.resume(0)?;
         let thread = loop {
             let tid = running.tid();

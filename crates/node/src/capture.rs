@@ -1,0 +1,552 @@
+//! Capture: a running process becomes a [`Plan`], and a stopped one an [`Essence`].
+//!
+//! Owns the source's side of a move as far as the process itself is concerned: the foothold, what is read while the
+//! program runs, and (in [`freeze`]) what is read while it is stopped. Refuses to know nodes, connections and
+//! decisions. Invariants: nothing here changes what the program can observe; after every function that returns the
+//! program runs on, or is stopped with all it needs to run on in the returned value; nothing in the freeze touches all
+//! pages.
+
+mod descriptors;
+pub mod freeze;
+mod questions;
+mod sleep;
+pub mod space;
+mod surroundings;
+mod threads;
+
+pub use descriptors::Met;
+pub use sleep::monotonic_ns;
+pub use surroundings::Surroundings;
+pub use threads::from_words;
+
+use crate::obstacle::{self, obstacle};
+use descriptors::Glimpse;
+use dunlin_proto::control::Obstacle;
+use dunlin_proto::ids::{Pid, RunId};
+use dunlin_proto::image::{DescriptionKind, Lineage, MappingKind, Pages, Plan, ProcessImage, ThreadImage, Traits};
+use dunlin_sys::foothold::{Foothold, FootholdError};
+use dunlin_sys::inspect;
+use dunlin_sys::pagemap::{self, Query};
+use dunlin_sys::procfs::ProcDir;
+use dunlin_sys::procfs::fdinfo::parse_timers;
+use dunlin_sys::procfs::maps::{Mapping, VmFlags};
+use dunlin_sys::procfs::status::Status;
+use dunlin_sys::ptrace::{Options, Registers, Running, Stop, Stopped, TraceError};
+use dunlin_sys::script::{Script, ScriptError};
+use questions::{ProcessAnswers, ProcessQuestions};
+use sleep::Sleeps;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+use threads::ThreadManner;
+
+/// How long a thread may take to stop before the move is refused.
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
+/// All signals blocked but SIGTRAP, which ends a script.
+pub const SCRIPT_MASK: u64 = !(1 << 4);
+const PAGE: u64 = 4096;
+
+/// Why a process could not be captured. It runs on as before.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// It has ended.
+    #[error("the process has ended")]
+    Gone,
+    /// Something about it cannot be moved.
+    #[error("{}", obstacle::summary(.0))]
+    Obstacles(Vec<Obstacle>),
+    /// The kernel did not do what it should.
+    #[error("{what}: {source}")]
+    Kernel {
+        /// What was attempted.
+        what: &'static str,
+        /// What came of it.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl From<TraceError> for CaptureError {
+    fn from(error: TraceError) -> Self {
+        match error {
+            TraceError::Gone { .. } => CaptureError::Gone,
+            source => CaptureError::Kernel {
+                what: "tracing",
+                source: source.into(),
+            },
+        }
+    }
+}
+
+impl From<FootholdError> for CaptureError {
+    fn from(error: FootholdError) -> Self {
+        match error {
+            FootholdError::Trace(error) => error.into(),
+            source => CaptureError::Kernel {
+                what: "gaining a foothold",
+                source: source.into(),
+            },
+        }
+    }
+}
+
+impl From<ScriptError> for CaptureError {
+    fn from(error: ScriptError) -> Self {
+        match error {
+            ScriptError::Trace(error) => error.into(),
+            source => CaptureError::Kernel {
+                what: "a script",
+                source: source.into(),
+            },
+        }
+    }
+}
+
+impl From<io::Error> for CaptureError {
+    fn from(source: io::Error) -> Self {
+        match source.raw_os_error() {
+            // What /proc answers for a task that has gone.
+            Some(3) => CaptureError::Gone,
+            _ if source.kind() == io::ErrorKind::NotFound => CaptureError::Gone,
+            _ => CaptureError::Kernel {
+                what: "reading /proc",
+                source: source.into(),
+            },
+        }
+    }
+}
+
+/// A process that is being moved away, while it runs.
+pub struct Source {
+    /// Its PID.
+    pub pid: Pid,
+    /// Its number on this machine.
+    pub host: i32,
+    /// What the destination was told.
+    pub plan: Plan,
+    dir: ProcDir,
+    memory: File,
+    pagemap: File,
+    foothold: Foothold,
+    listing: Vec<(Mapping, VmFlags)>,
+    maps_text: Vec<u8>,
+    glimpses: Vec<Glimpse>,
+    file_pages: BTreeMap<u64, Vec<u8>>,
+    manners: BTreeMap<i32, (Pid, ThreadManner)>,
+    sleeps: Sleeps,
+    nest_filters: usize,
+}
+
+/// The memory of a captured process, to be served to its new node. Both files hold the address space, not the task.
+pub struct Memory {
+    /// `/proc/PID/mem`.
+    pub memory: File,
+    /// `/proc/PID/pagemap`.
+    pub pagemap: File,
+}
+
+impl Source {
+    /// Gains a foothold in a running process and reads everything that the destination needs to prepare.
+    ///
+    /// `lineage` is what the caller's process table knows; `nest_filters` how many seccomp filters every process of
+    /// the nest has; `met` the open file descriptions met in other processes of the same move.
+    pub fn prepare(
+        host: i32,
+        lineage: Lineage,
+        nest_filters: usize,
+        around: &Surroundings<'_>,
+        met: &mut Vec<Met>,
+    ) -> Result<Source, CaptureError> {
+        let dir = ProcDir::process(host);
+        let pid = lineage.pid;
+        let status = dir.status()?;
+        refuse_at_once(pid, &dir, &status)?;
+        let timers_text = dir.text("timers")?;
+        let timers = parse_timers(&timers_text).map_err(io::Error::from)?;
+
+        let mut sleeps = Sleeps::default();
+        let memory = File::open(dir.path("mem"))?;
+        sleeps.look(host, host);
+        let (thread, stop) = stop_one(pid, Running::seize(host, Options::default())?)?;
+        let (registers, mask) = (thread.registers()?, thread.signal_mask()?);
+        sleeps.find(host, host, &registers, &memory);
+        let restore = match sleep::made_again(&registers) {
+            Some(again) if stop == Stop::Interrupt => again,
+            _ => registers,
+        };
+        let filters = freeze::own_filters(&thread, status.seccomp_filters, nest_filters);
+        let asked = first_stop(thread, host, &timers);
+        // Whatever came of it, the program must run on as it was.
+        let thread = Stopped::assume(host);
+        let undone = thread
+            .set_registers(&restore)
+            .and_then(|()| thread.set_signal_mask(mask))
+            .and_then(|()| thread.detach(0));
+        let (foothold, answers) = asked?;
+        undone?;
+        let seccomp = filters?;
+
+        let mut obstacles = Vec::new();
+        let hole = foothold.range();
+        let listing = space::listing(&dir)?;
+        let space = space::read(
+            pid,
+            &dir,
+            hole,
+            dir.stat()?.layout,
+            answers.brk,
+            &listing,
+            &mut obstacles,
+        )?;
+        let glimpses = descriptors::glimpse(&dir)?;
+        let files = descriptors::read(pid, host, &glimpses, around, met, &mut obstacles)?;
+        let manners = read_manners(pid, host, &dir, &mut obstacles)?;
+        let pagemap = File::open(dir.path("pagemap"))?;
+        if !obstacles.is_empty() {
+            let error = CaptureError::Obstacles(obstacles);
+            return Err(give_up(host, &foothold, error));
+        }
+        let traits = read_traits(&dir, &status, &answers)?;
+        let maps_text = dir.bytes("maps")?;
+        let mut source = Source {
+            pid,
+            host,
+            plan: Plan {
+                image: ProcessImage {
+                    lineage,
+                    traits,
+                    space,
+                    files,
+                    signals: answers.signals.clone(),
+                    threads: Vec::new(),
+                    seccomp,
+                    stopped_by: None,
+                },
+                file_pages: Vec::new(),
+                clocks_ns: clocks(&dir),
+                hole,
+                resident_bytes: dir.stat()?.rss_pages * PAGE,
+                cpu_features: Vec::new(),
+                xstate_bytes: 0,
+            },
+            dir,
+            memory,
+            pagemap,
+            foothold,
+            listing,
+            maps_text,
+            glimpses,
+            file_pages: BTreeMap::new(),
+            manners,
+            sleeps,
+            nest_filters,
+        };
+        source.plan.image.threads = source.manners.values().map(|(tid, _)| placeholder(*tid)).collect();
+        source.plan.image.threads.sort_by_key(|t| (t.tid != pid, t.tid));
+        source.plan.file_pages = source.read_file_pages()?;
+        for run in &source.plan.file_pages {
+            for (i, page) in run.bytes.chunks(PAGE as usize).enumerate() {
+                source.file_pages.insert(run.address + i as u64 * PAGE, page.to_vec());
+            }
+        }
+        Ok(source)
+    }
+
+    /// Takes the foothold out of a process that will not move after all.
+    pub fn abandon(self) {
+        let _ = give_up(self.host, &self.foothold, CaptureError::Gone);
+    }
+
+    /// The files through which its pages can be read, now and for as long as the address space lives.
+    pub fn memory(&self) -> io::Result<Memory> {
+        Ok(Memory {
+            memory: self.memory.try_clone()?,
+            pagemap: self.pagemap.try_clone()?,
+        })
+    }
+
+    /// Whether a userfaultfd serves some of its memory.
+    pub fn is_watched(&self) -> bool {
+        self.listing.iter().any(|(_, flags)| flags.contains(b"um"))
+    }
+
+    /// The standard streams of runs that it uses.
+    pub fn streams(&self) -> Vec<(RunId, u8)> {
+        let stream = |kind: &DescriptionKind| match kind {
+            DescriptionKind::Stream { run, stream } => Some((*run, *stream)),
+            DescriptionKind::File(_)
+            | DescriptionKind::Deleted { .. }
+            | DescriptionKind::Directory(_)
+            | DescriptionKind::Device(_)
+            | DescriptionKind::Pipe { .. }
+            | DescriptionKind::Event { .. } => None,
+        };
+        self.plan
+            .image
+            .files
+            .descriptions
+            .iter()
+            .filter_map(|d| stream(&d.kind))
+            .collect()
+    }
+
+    /// How far its time namespace's clocks are ahead of this daemon's, nanoseconds.
+    pub fn clock_offsets(&self) -> [i64; 2] {
+        clock_offsets(&self.dir)
+    }
+
+    /// The pages that the program wrote in private mappings of files: they cannot be fetched on demand, because the
+    /// kernel would fill a missing one from the file.
+    fn read_file_pages(&self) -> io::Result<Vec<Pages>> {
+        let mut runs = Vec::new();
+        for mapping in &self.plan.image.space.mappings {
+            if let MappingKind::PrivateFile { .. } = mapping.kind {
+                for range in pagemap::scan(&self.pagemap, mapping.start, mapping.end, Query::CONTENT) {
+                    let range = range.map_err(io::Error::from)?;
+                    let mut bytes = vec![0u8; (range.end - range.start) as usize];
+                    self.memory.read_exact_at(&mut bytes, range.start)?;
+                    runs.push(Pages {
+                        address: range.start,
+                        bytes,
+                    });
+                }
+            }
+        }
+        Ok(runs)
+    }
+}
+
+fn refuse_at_once(pid: Pid, dir: &ProcDir, status: &Status) -> Result<(), CaptureError> {
+    let mut obstacles = Vec::new();
+    if matches!(status.state, 'Z' | 'X') {
+        if status.threads <= 1 {
+            return Err(CaptureError::Gone);
+        }
+        obstacles.push(obstacle(
+            pid,
+            "thread",
+            format_args!("thread {pid}"),
+            "the first thread has ended while others run",
+            "such a process cannot be moved; start it again where it should run",
+        ));
+    }
+    if status.tracer != 0 {
+        let name = ProcDir::process(status.tracer).text("comm").unwrap_or_default();
+        obstacles.push(obstacle(
+            pid,
+            "thread",
+            format_args!("process {pid}"),
+            format!("it is traced by process {} ({})", status.tracer, name.trim()),
+            "end the debugger or strace session first",
+        ));
+    }
+    if dir.text("status")?.lines().any(|l| l == "Seccomp:\t1") {
+        obstacles.push(obstacle(
+            pid,
+            "thread",
+            format_args!("process {pid}"),
+            "it is in seccomp's strict mode and cannot make the calls that a move needs",
+            "use seccomp filters instead of strict mode",
+        ));
+    }
+    if obstacles.is_empty() {
+        Ok(())
+    } else {
+        Err(CaptureError::Obstacles(obstacles))
+    }
+}
+
+/// Stops one thread; one that does not stop is an obstacle.
+fn stop_one(pid: Pid, running: Running) -> Result<(Stopped, Stop), CaptureError> {
+    running
+        .stop(Instant::now() + STOP_PATIENCE)
+        .map_err(|error| match error {
+            TraceError::Unstoppable { tid, .. } => CaptureError::Obstacles(vec![unstoppable(pid, tid)]),
+            other => other.into(),
+        })
+}
+
+fn unstoppable(pid: Pid, tid: i32) -> Obstacle {
+    let wchan = ProcDir::process(tid).text("wchan").unwrap_or_default();
+    obstacle(
+        pid,
+        "thread",
+        format_args!("thread with host number {tid}"),
+        format!("it sleeps uninterruptibly ({wchan}): a vfork parent, or a file system that does not answer"),
+        "wait until the call has ended, then try again",
+    )
+}
+
+/// Plants the foothold and asks the process what only it can answer. The caller puts registers and mask back.
+fn first_stop(
+    thread: Stopped,
+    host: i32,
+    timers: &[dunlin_sys::procfs::fdinfo::PosixTimer],
+) -> Result<(Foothold, ProcessAnswers), CaptureError> {
+    thread.set_signal_mask(SCRIPT_MASK)?;
+    let (thread, foothold) = Foothold::plant(thread, host, &[])?;
+    let mut script = Script::new(&foothold.arena);
+    let questions = ProcessQuestions::ask(&mut script, timers);
+    let (_, answers) = script.run(thread)?;
+    let answers = questions.read(&answers);
+    Ok((foothold, answers))
+}
+
+/// Takes the foothold out of a running process and hands the reason back.
+fn give_up(host: i32, foothold: &Foothold, reason: CaptureError) -> CaptureError {
+    let undo = || -> Result<(), CaptureError> {
+        let (thread, _) = Running::seize(host, Options::default())?.stop(Instant::now() + STOP_PATIENCE)?;
+        let (registers, mask) = (thread.registers()?, thread.signal_mask()?);
+        thread.set_signal_mask(SCRIPT_MASK)?;
+        let thread = foothold.uproot(thread)?;
+        thread.set_registers(&sleep::made_again(&registers).unwrap_or(registers))?;
+        thread.set_signal_mask(mask)?;
+        Ok(thread.detach(0)?)
+    };
+    if let Err(error) = undo() {
+        // An unused mapping stays in the program: harmless, and worth a line.
+        tracing::warn!(host, %error, "the foothold could not be taken out");
+    }
+    reason
+}
+
+fn read_manners(
+    pid: Pid,
+    host: i32,
+    dir: &ProcDir,
+    obstacles: &mut Vec<Obstacle>,
+) -> Result<BTreeMap<i32, (Pid, ThreadManner)>, CaptureError> {
+    let all_cpus = inspect::affinity(0).unwrap_or_default();
+    let mut manners = BTreeMap::new();
+    for tid in dir.threads()? {
+        let thread = ProcDir::thread(host, tid);
+        // A thread that has ended meanwhile is simply not there.
+        let Ok(status) = thread.status() else { continue };
+        let Some(number) = status.ns_pids.last().copied() else {
+            continue;
+        };
+        if tid != host {
+            for (what, words) in [
+                (inspect::Sharing::Files, "a descriptor table of its own"),
+                (inspect::Sharing::FileSystem, "a working directory of its own"),
+            ] {
+                if !inspect::shares((host, tid), what).unwrap_or(true) {
+                    obstacles.push(obstacle(
+                        pid,
+                        "thread",
+                        format_args!("thread {number}"),
+                        format!("it has {words} (unshare)"),
+                        "such a thread cannot be moved yet; keep the process on this node",
+                    ));
+                }
+            }
+        }
+        manners.insert(tid, (Pid(number), threads::manner(host, tid, &all_cpus)?));
+    }
+    Ok(manners)
+}
+
+fn read_traits(dir: &ProcDir, status: &Status, answers: &ProcessAnswers) -> Result<Traits, CaptureError> {
+    let host = status.tgid;
+    let path = |name: &str| dir.link(name).map(|p| p.into_os_string().into_encoded_bytes());
+    let limits: Result<Vec<_>, _> = (0..16).map(|resource| inspect::limit(host, resource)).collect();
+    Ok(Traits {
+        cwd: path("cwd")?,
+        root: path("root")?,
+        umask: status.umask,
+        personality: u32::from_str_radix(dir.text("personality")?.trim(), 16).unwrap_or(0),
+        uids: status.uids,
+        gids: status.gids,
+        groups: status.groups.clone(),
+        capabilities: status.capabilities,
+        securebits: answers.securebits,
+        no_new_privs: status.no_new_privs,
+        dumpable: answers.dumpable,
+        subreaper: answers.subreaper,
+        thp_disable: answers.thp_disable,
+        limits: limits.map_err(io::Error::from)?,
+        oom_score_adj: dir.text("oom_score_adj")?.trim().parse().unwrap_or(0),
+    })
+}
+
+/// CLOCK_MONOTONIC and CLOCK_BOOTTIME as the process sees them.
+fn clocks(dir: &ProcDir) -> [i64; 2] {
+    use rustix::time::{ClockId, clock_gettime};
+    let ours = |clock| {
+        let now = clock_gettime(clock);
+        now.tv_sec * 1_000_000_000 + now.tv_nsec
+    };
+    let [monotonic, boottime] = clock_offsets(dir);
+    [ours(ClockId::Monotonic) + monotonic, ours(ClockId::Boottime) + boottime]
+}
+
+/// How far the clocks of a process are ahead of this daemon's, nanoseconds. See time_namespaces(7).
+pub fn clock_offsets(dir: &ProcDir) -> [i64; 2] {
+    let [monotonic, boottime] = time_offsets(&dir.text("timens_offsets").unwrap_or_default());
+    let own = ProcDir::process(std::process::id() as i32)
+        .text("timens_offsets")
+        .unwrap_or_default();
+    let [own_monotonic, own_boottime] = time_offsets(&own);
+    [monotonic - own_monotonic, boottime - own_boottime]
+}
+
+/// The offsets of a time namespace, nanoseconds. See time_namespaces(7).
+pub fn time_offsets(text: &str) -> [i64; 2] {
+    let of = |clock: &str| {
+        text.lines()
+            .filter_map(|line| {
+                let mut fields = line.split_ascii_whitespace();
+                (fields.next()? == clock).then_some(())?;
+                let seconds: i64 = fields.next()?.parse().ok()?;
+                let nanos: i64 = fields.next()?.parse().ok()?;
+                Some(seconds * 1_000_000_000 + nanos)
+            })
+            .next()
+            .unwrap_or(0)
+    };
+    [of("monotonic"), of("boottime")]
+}
+
+fn placeholder(tid: Pid) -> ThreadImage {
+    ThreadImage {
+        tid,
+        comm: Vec::new(),
+        registers: Vec::new(),
+        xstate: Vec::new(),
+        mask: 0,
+        pending: Vec::new(),
+        alt_stack: [0; 3],
+        robust_list: [0; 2],
+        clear_tid: 0,
+        rseq: None,
+        sleep: None,
+        schedule: [0; 4],
+        affinity: None,
+        io_priority: 0,
+        timer_slack_ns: 0,
+        parent_death_signal: 0,
+    }
+}
+
+/// Registers of a thread that waits at the arena's park until it is told otherwise.
+pub fn parked(foothold: &Foothold, registers: &Registers) -> Registers {
+    Registers {
+        rip: foothold.arena.park_address(),
+        orig_rax: u64::MAX,
+        rax: 0,
+        ..*registers
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offsets_are_read() {
+        let text = "monotonic          1000         5\nboottime          -7         0\n";
+        assert_eq!(time_offsets(text), [1_000_000_000_005, -7_000_000_000]);
+        assert_eq!(time_offsets(""), [0, 0]);
+    }
+}

@@ -1,0 +1,489 @@
+//! The freeze: all threads stopped, and what is read then.
+//!
+//! Owns the time between the stop of the first thread and the parking of the last. Refuses to decide whether the
+//! process goes on here or there. Invariants: until [`Frozen::park`] the death of this daemon lets the program run on;
+//! from then on it waits for a decision; [`Frozen::thaw`] puts back every register and mask.
+
+use super::questions::{ProcessQuestions, ThreadQuestions};
+use super::threads::{self, FrozenThread};
+use super::{
+    CaptureError, Memory, PAGE, SCRIPT_MASK, Source, descriptors, parked, read_traits, sleep, space, stop_one,
+};
+use crate::capture::Met;
+use crate::capture::Surroundings;
+use dunlin_proto::ids::Pid;
+use dunlin_proto::image::{Child, DescriptionKind, Essence, Files, MappingKind, Pages, ThreadImage};
+use dunlin_sys::foothold::Foothold;
+use dunlin_sys::pagemap::{self, Query};
+use dunlin_sys::procfs::ProcDir;
+use dunlin_sys::procfs::fdinfo::parse_timers;
+use dunlin_sys::ptrace::{Options, Running, Stop, Stopped};
+use dunlin_sys::script::Script;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::time::Instant;
+
+/// A process all of whose threads are stopped.
+pub struct Frozen {
+    /// What was prepared.
+    pub source: Source,
+    /// When the first thread was asked to stop.
+    pub since: Instant,
+    threads: Vec<FrozenThread>,
+    stopped_by: Option<i32>,
+}
+
+impl Source {
+    /// Stops all threads. If one does not stop, all run on and the reason comes back with the source.
+    pub fn freeze(mut self) -> Result<Frozen, (Box<Source>, CaptureError)> {
+        match self.stop_all() {
+            Ok((threads, stopped_by, since)) => Ok(Frozen {
+                source: self,
+                since,
+                threads,
+                stopped_by,
+            }),
+            Err(error) => Err((Box::new(self), error)),
+        }
+    }
+
+    fn stop_all(&mut self) -> Result<(Vec<FrozenThread>, Option<i32>, Instant), CaptureError> {
+        let mut seen = BTreeSet::new();
+        let mut running = Vec::new();
+        self.seize_new(&mut seen, &mut running)?;
+        self.foothold.arena.warm(256 << 10);
+        let since = Instant::now();
+        let mut stopped = Vec::new();
+        let mut by = None;
+        while !running.is_empty() {
+            for thread in &running {
+                // One that has just ended is found out by the wait.
+                let _ = thread.interrupt();
+            }
+            for thread in running.drain(..) {
+                match stop_one(self.pid, thread) {
+                    Ok((thread, stop)) => {
+                        if let Stop::Group(signal) = stop {
+                            by = Some(signal);
+                        }
+                        stopped.push(thread);
+                    }
+                    Err(CaptureError::Gone) => {}
+                    Err(error) => {
+                        for thread in stopped {
+                            let _ = thread.detach(0);
+                        }
+                        return Err(error);
+                    }
+                }
+            }
+            // A thread may have been made between the look and the stop of its maker.
+            self.seize_new(&mut seen, &mut running)?;
+        }
+        let mut frozen = Vec::with_capacity(stopped.len());
+        for thread in stopped {
+            frozen.push(self.settle(thread)?);
+        }
+        frozen.sort_by_key(|t| (t.tid != self.pid, t.tid));
+        if frozen.first().is_none_or(|t| t.tid != self.pid) {
+            return Err(CaptureError::Gone);
+        }
+        Ok((frozen, by, since))
+    }
+
+    fn seize_new(&mut self, seen: &mut BTreeSet<i32>, running: &mut Vec<Running>) -> Result<(), CaptureError> {
+        for tid in self.dir.threads()? {
+            if seen.insert(tid) {
+                self.sleeps.look(self.host, tid);
+                match Running::seize(tid, Options::default()).map_err(CaptureError::from) {
+                    Ok(thread) => running.push(thread),
+                    Err(CaptureError::Gone) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings a stopped thread to a place where it can be captured, and notes what it was doing.
+    fn settle(&mut self, thread: Stopped) -> Result<FrozenThread, CaptureError> {
+        let host_tid = thread.tid();
+        let tid = self.number_of(host_tid)?;
+        let mask = thread.signal_mask()?;
+        thread.set_signal_mask(SCRIPT_MASK)?;
+        let thread = self.leave_vdso(thread)?;
+        let mut registers = thread.registers()?;
+        if let Some(again) = sleep::made_again(&registers) {
+            registers = again;
+        }
+        if let Some(abort) = threads::rseq_abort(&thread, &self.memory, registers.rip)? {
+            registers.rip = abort;
+        }
+        let sleep = self.sleeps.find(self.host, host_tid, &registers, &self.memory);
+        Ok(FrozenThread {
+            thread,
+            tid,
+            registers,
+            mask,
+            sleep,
+        })
+    }
+
+    fn number_of(&mut self, host_tid: i32) -> Result<Pid, CaptureError> {
+        if let Some((tid, _)) = self.manners.get(&host_tid) {
+            return Ok(*tid);
+        }
+        let status = ProcDir::thread(self.host, host_tid).status()?;
+        let tid = Pid(status.ns_pids.last().copied().ok_or(CaptureError::Gone)?);
+        let all_cpus = dunlin_sys::inspect::affinity(0).unwrap_or_default();
+        self.manners
+            .insert(host_tid, (tid, threads::manner(self.host, host_tid, &all_cpus)?));
+        Ok(tid)
+    }
+
+    /// The vDSO reads clock data of this machine's kernel: half of such a reading must not meet the other machine's.
+    fn leave_vdso(&self, mut thread: Stopped) -> Result<Stopped, CaptureError> {
+        const MAX_STEPS: u32 = 4000;
+        let kernel_code = self
+            .plan
+            .image
+            .space
+            .mappings
+            .iter()
+            .find(|m| m.kind == MappingKind::Kernel(dunlin_proto::image::KernelMapping::Vdso));
+        let Some(vdso) = kernel_code else { return Ok(thread) };
+        for _ in 0..MAX_STEPS {
+            let registers = thread.registers()?;
+            let inside = registers.rip >= vdso.start && registers.rip < vdso.end;
+            // In a system call it has no half-read clock.
+            if !inside || registers.orig_rax as i64 >= 0 {
+                return Ok(thread);
+            }
+            thread = thread.step()?;
+        }
+        Ok(thread)
+    }
+}
+
+impl Frozen {
+    /// Reads everything that travels inside the freeze.
+    pub fn essence(&mut self, around: &Surroundings<'_>, met: &mut Vec<Met>) -> Result<Essence, CaptureError> {
+        let timers = parse_timers(&self.source.dir.text("timers")?).map_err(io::Error::from)?;
+        let mut images = Vec::with_capacity(self.threads.len());
+        let mut process = None;
+        for index in 0..self.threads.len() {
+            let host_tid = self.threads[index].thread.tid();
+            let thread = Stopped::assume(host_tid);
+            let mut script = Script::new(&self.source.foothold.arena);
+            let questions = ThreadQuestions::ask(&mut script);
+            let more = (index == 0).then(|| ProcessQuestions::ask(&mut script, &timers));
+            let (_, answers) = script.run(thread)?;
+            if let Some(more) = more {
+                process = Some(more.read(&answers));
+            }
+            let manner = &self.source.manners.get(&host_tid).ok_or(CaptureError::Gone)?.1;
+            images.push(threads::image(&self.threads[index], manner, questions.read(&answers))?);
+        }
+        let process = process.ok_or(CaptureError::Gone)?;
+        let status = self.source.dir.status()?;
+        let leader = Stopped::assume(self.source.host);
+        let mut signals = process.signals.clone();
+        signals.pending = leader.pending_signals(true)?.into_iter().map(|s| s.to_vec()).collect();
+        for (timer, host) in signals.timers.iter_mut().zip(&process.timer_threads) {
+            timer.thread = self.source.manners.get(host).map(|(tid, _)| *tid);
+        }
+        let mut obstacles = Vec::new();
+        let space = self.space_now(process.brk, &mut obstacles)?;
+        let files = self.files_now(around, met, &mut obstacles)?;
+        if !obstacles.is_empty() {
+            return Err(CaptureError::Obstacles(obstacles));
+        }
+        if let Some(space) = &space {
+            self.source.plan.image.space = space.clone();
+        }
+        let (file_pages, file_pages_dropped) = self.file_pages_now()?;
+        let mut lineage = self.source.plan.image.lineage.clone();
+        lineage.children = children(&self.source.dir)?;
+        Ok(Essence {
+            lineage,
+            traits: read_traits(&self.source.dir, &status, &process)?,
+            space,
+            files,
+            signals,
+            seccomp: own_filters(&leader, status.seccomp_filters, self.source.nest_filters)?,
+            stopped_by: self.stopped_by,
+            file_pages,
+            file_pages_dropped,
+            hot_pages: self.hot_pages(&images),
+            threads: images,
+            clocks_ns: super::clocks(&self.source.dir),
+        })
+    }
+
+    fn space_now(
+        &mut self,
+        brk: u64,
+        obstacles: &mut Vec<dunlin_proto::control::Obstacle>,
+    ) -> Result<Option<dunlin_proto::image::Space>, CaptureError> {
+        let source = &mut self.source;
+        let text = source.dir.bytes("maps")?;
+        if text == source.maps_text && brk == source.plan.image.space.layout[5] {
+            return Ok(None);
+        }
+        let listing = space::relisting(&text, &source.listing)?;
+        let layout = source.dir.stat()?.layout;
+        let space = space::read(
+            source.pid,
+            &source.dir,
+            source.foothold.range(),
+            layout,
+            brk,
+            &listing,
+            obstacles,
+        )?;
+        source.listing = listing;
+        source.maps_text = text;
+        Ok(Some(space))
+    }
+
+    fn files_now(
+        &mut self,
+        around: &Surroundings<'_>,
+        met: &mut Vec<Met>,
+        obstacles: &mut Vec<dunlin_proto::control::Obstacle>,
+    ) -> Result<Option<Files>, CaptureError> {
+        let source = &mut self.source;
+        let glimpses = descriptors::glimpse(&source.dir)?;
+        let travels = |d: &dunlin_proto::image::Description| {
+            matches!(
+                d.kind,
+                DescriptionKind::Deleted { .. } | DescriptionKind::Pipe { .. } | DescriptionKind::Event { .. }
+            )
+        };
+        if glimpses == source.glimpses && !source.plan.image.files.descriptions.iter().any(travels) {
+            return Ok(None);
+        }
+        let mut files = descriptors::read(source.pid, source.host, &glimpses, around, met, obstacles)?;
+        descriptors::read_pipes(source.host, &mut files)?;
+        source.glimpses = glimpses;
+        source.plan.image.files = files.clone();
+        Ok(Some(files))
+    }
+
+    fn file_pages_now(&mut self) -> Result<(Vec<Pages>, Vec<u64>), CaptureError> {
+        let now = self.source.read_file_pages()?;
+        let mut before = std::mem::take(&mut self.source.file_pages);
+        let mut changed = Vec::new();
+        let mut kept = BTreeMap::new();
+        for run in &now {
+            for (i, bytes) in run.bytes.chunks(PAGE as usize).enumerate() {
+                let address = run.address + i as u64 * PAGE;
+                if before.remove(&address).is_none_or(|old| old != bytes) {
+                    changed.push(Pages {
+                        address,
+                        bytes: bytes.to_vec(),
+                    });
+                }
+                kept.insert(address, bytes.to_vec());
+            }
+        }
+        self.source.file_pages = kept;
+        Ok((changed, before.into_keys().collect()))
+    }
+
+    /// The pages that are certain to be touched at once: around the stack pointers, thread-local storage, rseq areas,
+    /// robust lists and the words that the kernel clears when a thread ends.
+    fn hot_pages(&self, threads: &[ThreadImage]) -> Vec<Pages> {
+        let mut wanted = BTreeSet::new();
+        for thread in threads {
+            let Some(registers) = threads::from_words(&thread.registers) else {
+                continue;
+            };
+            let mut add = |address: u64| {
+                wanted.insert(address & !(PAGE - 1));
+            };
+            add(registers.rsp);
+            add(registers.rsp.wrapping_sub(128));
+            if threads.len() <= 16 {
+                add(registers.rsp + PAGE);
+                for word in [
+                    registers.rdi,
+                    registers.rsi,
+                    registers.rdx,
+                    registers.rbx,
+                    registers.rbp,
+                    registers.r12,
+                ] {
+                    add(word);
+                }
+            }
+            add(registers.fs_base);
+            add(thread.clear_tid);
+            add(thread.robust_list[0]);
+            if let Some([pointer, length, _]) = thread.rseq {
+                add(pointer);
+                add(pointer + length.saturating_sub(1));
+            }
+        }
+        let anonymous = |address: u64| {
+            let mappings = &self.source.plan.image.space.mappings;
+            let at = mappings.partition_point(|m| m.end <= address);
+            mappings
+                .get(at)
+                .is_some_and(|m| m.start <= address && m.kind == MappingKind::Anonymous)
+        };
+        let mut pages = Vec::new();
+        for address in wanted.into_iter().filter(|a| anonymous(*a)) {
+            let mut bytes = vec![0u8; PAGE as usize];
+            // A page that was never touched is left to the pager.
+            let present =
+                pagemap::scan(&self.source.pagemap, address, address + PAGE, Query::CONTENT).any(|range| range.is_ok());
+            if present && self.source.memory.read_exact_at(&mut bytes, address).is_ok() {
+                pages.push(Pages { address, bytes });
+            }
+        }
+        pages
+    }
+
+    /// Points every thread at a pause: from here on a dead daemon means waiting.
+    pub fn park(&mut self) -> Result<(), CaptureError> {
+        for thread in &self.threads {
+            thread
+                .thread
+                .set_registers(&parked(&self.source.foothold, &thread.registers))?;
+            thread.thread.set_signal_mask(u64::MAX)?;
+        }
+        Ok(())
+    }
+
+    /// Lets the process run on where it was.
+    pub fn thaw(self) -> Result<(), CaptureError> {
+        let Frozen { source, threads, .. } = self;
+        let leader = Stopped::assume(source.host);
+        leader.set_signal_mask(SCRIPT_MASK)?;
+        source.foothold.uproot(leader)?;
+        for thread in &threads {
+            thread.thread.set_registers(&thread.registers)?;
+            thread.thread.set_signal_mask(thread.mask)?;
+        }
+        for thread in threads {
+            thread.thread.detach(0)?;
+        }
+        Ok(())
+    }
+
+    /// After the commit: leaves the address space to a keeper and hands back the emptied first thread, still parked.
+    ///
+    /// The kernel must not write to the image when the threads go, hence the cleared tid addresses and robust lists.
+    pub fn into_image(self) -> Result<LeftBehind, CaptureError> {
+        const SYS_SET_TID_ADDRESS: i64 = 218;
+        const SYS_SET_ROBUST_LIST: i64 = 273;
+        const SYS_CLOSE_RANGE: i64 = 436;
+        const SYS_CLONE: i64 = 56;
+        const CLONE_VM: u64 = 0x100;
+        const SIGCHLD: u64 = 17;
+        let Frozen { source, threads, .. } = self;
+        for thread in &threads {
+            let mut script = Script::new(&source.foothold.arena);
+            script.attempt("set_tid_address", SYS_SET_TID_ADDRESS, &[0]);
+            script.attempt("set_robust_list", SYS_SET_ROBUST_LIST, &[0, 24]);
+            thread.thread.set_signal_mask(SCRIPT_MASK)?;
+            script.run(Stopped::assume(thread.thread.tid()))?;
+            thread.thread.set_signal_mask(u64::MAX)?;
+        }
+        for thread in threads.into_iter().skip(1) {
+            thread.thread.detach(0)?;
+        }
+        let leader = Stopped::assume(source.host);
+        leader.set_signal_mask(SCRIPT_MASK)?;
+        let mut script = Script::new(&source.foothold.arena);
+        script.attempt("close_range", SYS_CLOSE_RANGE, &[0, u64::from(u32::MAX), 0]);
+        let keeper = script.child_parks("clone", SYS_CLONE, &[CLONE_VM | SIGCHLD, 0, 0, 0, 0]);
+        let (leader, answers) = script.run(leader)?;
+        let keeper = Pid(answers.of(keeper) as i32);
+        leader.set_signal_mask(u64::MAX)?;
+        Ok(LeftBehind {
+            keeper,
+            leader,
+            foothold: source.foothold,
+        })
+    }
+
+    /// The files through which the pages can be read.
+    pub fn memory(&self) -> io::Result<Memory> {
+        self.source.memory()
+    }
+
+    /// The threads' numbers.
+    pub fn tids(&self) -> Vec<Pid> {
+        self.threads.iter().map(|t| t.tid).collect()
+    }
+}
+
+/// What a process leaves behind once it runs elsewhere.
+pub struct LeftBehind {
+    /// The process that keeps the address space.
+    pub keeper: Pid,
+    /// The emptied first thread, stopped.
+    pub leader: Stopped,
+    foothold: Foothold,
+}
+
+impl LeftBehind {
+    /// Ends the emptied process: nothing of it stays but the image.
+    pub fn exit(self) -> Result<(), CaptureError> {
+        const SYS_EXIT_GROUP: i64 = 231;
+        match self.leader.inject(self.foothold.syscall_at, SYS_EXIT_GROUP, [0; 6]) {
+            Err(dunlin_sys::ptrace::TraceError::Gone { .. }) | Ok(_) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Readies the emptied process to execute the surrogate program: with as much privilege as its credentials can
+    /// regain, or the exec would lose the way back. Hands back the thread, where calls can be injected, and memory to
+    /// write to.
+    pub fn ready(self) -> Result<(Stopped, u64, u64), CaptureError> {
+        const SYS_SETRESUID: i64 = 117;
+        const KEEP: u64 = u32::MAX as u64;
+        self.leader.set_options(Options {
+            suspend_seccomp: true,
+            ..Options::default()
+        })?;
+        let at = self.foothold.syscall_at;
+        let (leader, _) = self.leader.inject(at, SYS_SETRESUID, [KEEP, 0, KEEP, 0, 0, 0])?;
+        Ok((leader, at, self.foothold.arena.base() + PAGE))
+    }
+}
+
+pub(super) fn own_filters(leader: &Stopped, count: Option<u32>, nest: usize) -> Result<Vec<Vec<u8>>, CaptureError> {
+    let own = (count.unwrap_or(0) as usize).saturating_sub(nest);
+    let mut filters = Vec::with_capacity(own);
+    for index in (0..own).rev() {
+        filters.extend(leader.seccomp_filter(index)?);
+    }
+    Ok(filters)
+}
+
+/// The living and ended children of a process, but for its keepers (which have no say in its life).
+fn children(dir: &ProcDir) -> Result<Vec<Child>, CaptureError> {
+    let mut children = Vec::new();
+    for tid in dir.threads()? {
+        let text = dir.text(&format!("task/{tid}/children"))?;
+        for host in text.split_ascii_whitespace().filter_map(|n| n.parse::<i32>().ok()) {
+            let child = ProcDir::process(host);
+            let (Ok(status), Ok(stat)) = (child.status(), child.stat()) else {
+                continue;
+            };
+            let last = |v: &[i32]| v.last().copied().map_or(Pid(0), Pid);
+            children.push(Child {
+                pid: last(&status.ns_pids),
+                pgid: last(&status.ns_pgids),
+                sid: last(&status.ns_sids),
+                ended: (status.state == 'Z').then_some(stat.exit_code),
+                comm: stat.comm,
+            });
+        }
+    }
+    Ok(children)
+}

@@ -1,0 +1,203 @@
+//! Relative sleeps under way: what is left of them.
+//!
+//! A thread that is stopped inside nanosleep(2), poll(2) or a futex wait with a relative timeout shows −516
+//! (ERESTART_RESTARTBLOCK): the kernel alone knows when it will end, and tells nobody. Owns the recovery of the
+//! remainder: from the remainder that the kernel wrote for the program where the program asked for it, otherwise from
+//! the moment at which the thread was last on a CPU, which is when it fell asleep. Refuses to shorten a sleep: where the
+//! moment is not certain the sleep is taken to have just begun. See restart_syscall(2), sched(7) (`se.exec_start`).
+
+use dunlin_proto::image::Sleep;
+use dunlin_sys::inspect;
+use dunlin_sys::procfs::ProcDir;
+use dunlin_sys::ptrace::Registers;
+use rustix::time::{ClockId, clock_gettime};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+const ERESTART_RESTARTBLOCK: i64 = -516;
+const EINTR: i64 = -4;
+const SYS_POLL: i64 = 7;
+const SYS_NANOSLEEP: i64 = 35;
+const SYS_FUTEX: i64 = 202;
+const SYS_RESTART: i64 = 219;
+const SYS_CLOCK_NANOSLEEP: i64 = 230;
+/// Calls that the kernel ends with EINTR even for a stop that no signal caused: semop, rt_sigtimedwait, io_getevents,
+/// semtimedop, epoll_wait, epoll_pwait, epoll_pwait2. They are made again instead.
+const ENDED_BY_A_STOP: [i64; 7] = [65, 128, 208, 220, 232, 281, 441];
+const FUTEX_WAIT_BITSET: u64 = 9;
+
+/// What was known of a thread before it was stopped.
+#[derive(Debug, Clone, Copy)]
+pub struct Before {
+    exec_start_ns: u64,
+    voluntary_switches: u64,
+    cpu: u32,
+}
+
+/// What is known of a sleep from an earlier stop in the same move: it went on by restart_syscall(2) since.
+#[derive(Debug, Clone, Copy)]
+struct Earlier {
+    number: i64,
+    ends_ns: u64,
+}
+
+/// The sleeps of one process, from stop to stop.
+#[derive(Debug, Default)]
+pub struct Sleeps {
+    before: BTreeMap<i32, Before>,
+    earlier: BTreeMap<i32, Earlier>,
+    /// CLOCK_MONOTONIC minus the scheduler's clock, by CPU.
+    offsets: BTreeMap<u32, i64>,
+}
+
+impl Sleeps {
+    /// Looks at a thread that is about to be stopped.
+    pub fn look(&mut self, process: i32, tid: i32) {
+        if let Some(before) = read_sched(process, tid) {
+            self.before.insert(tid, before);
+        }
+    }
+
+    /// What a stopped thread sleeps in, if it does.
+    pub fn find(&mut self, process: i32, tid: i32, registers: &Registers, memory: &File) -> Option<Sleep> {
+        if registers.rax as i64 != ERESTART_RESTARTBLOCK {
+            self.earlier.remove(&tid);
+            return None;
+        }
+        let now = monotonic_ns();
+        let arguments = [
+            registers.rdi,
+            registers.rsi,
+            registers.rdx,
+            registers.r10,
+            registers.r8,
+            registers.r9,
+        ];
+        let (number, ends_ns) = match (registers.orig_rax as i64, self.earlier.get(&tid)) {
+            (SYS_RESTART, Some(earlier)) => (earlier.number, earlier.ends_ns),
+            // Some other tracer stopped it before us; which call it was is lost. As long as possible is safest.
+            (SYS_RESTART, None) => (SYS_RESTART, now),
+            (number, _) => (number, self.ends(process, tid, number, arguments, now, memory)),
+        };
+        self.earlier.insert(tid, Earlier { number, ends_ns });
+        Some(Sleep {
+            number,
+            arguments,
+            remaining_ns: ends_ns.saturating_sub(now),
+        })
+    }
+
+    fn ends(&mut self, process: i32, tid: i32, number: i64, arguments: [u64; 6], now: u64, memory: &File) -> u64 {
+        let timespec = |address: u64| {
+            let mut bytes = [0u8; 16];
+            memory.read_exact_at(&mut bytes, address).ok()?;
+            let (seconds, nanos) = bytes.split_at(8);
+            let word = |b: &[u8]| b.try_into().map(u64::from_le_bytes).ok();
+            Some(
+                word(seconds)?
+                    .saturating_mul(1_000_000_000)
+                    .saturating_add(word(nanos)?),
+            )
+        };
+        let (length, remainder) = match number {
+            SYS_NANOSLEEP => (timespec(arguments[0]), arguments[1]),
+            SYS_CLOCK_NANOSLEEP => (timespec(arguments[2]), arguments[3]),
+            SYS_POLL => (u64::try_from(arguments[2] as i32).ok().map(|ms| ms * 1_000_000), 0),
+            SYS_FUTEX if arguments[1] & 0x7f == FUTEX_WAIT_BITSET => (Some(0), 0),
+            SYS_FUTEX => (timespec(arguments[3]), 0),
+            _ => (None, 0),
+        };
+        if remainder != 0
+            && let Some(left) = timespec(remainder)
+        {
+            return now + left;
+        }
+        self.began(process, tid, now) + length.unwrap_or(0)
+    }
+
+    /// When the thread fell asleep; `now` where that is not certain.
+    fn began(&mut self, process: i32, tid: i32, now: u64) -> u64 {
+        let (Some(before), Some(after)) = (self.before.get(&tid).copied(), read_sched(process, tid)) else {
+            return now;
+        };
+        // One voluntary switch since we looked: the stop itself. More: it slept anew after we looked.
+        if after.voluntary_switches != before.voluntary_switches + 1 {
+            return now;
+        }
+        match self.offset(before.cpu) {
+            Some(offset) => ((before.exec_start_ns as i64 + offset) as u64).min(now),
+            None => now,
+        }
+    }
+
+    fn offset(&mut self, cpu: u32) -> Option<i64> {
+        if let Some(offset) = self.offsets.get(&cpu) {
+            return Some(*offset);
+        }
+        let home = inspect::affinity(0).ok()?;
+        let mut mask = vec![0u8; cpu as usize / 8 + 1];
+        mask[cpu as usize / 8] = 1 << (cpu % 8);
+        inspect::set_affinity(0, &mask).ok()?;
+        // Yielding brings the scheduler's own record of us up to date.
+        std::thread::yield_now();
+        let now = monotonic_ns();
+        let own = std::fs::read_to_string("/proc/thread-self/sched").ok();
+        let _ = inspect::set_affinity(0, &home);
+        let offset = now as i64 - parse_sched(&own?)?.0 as i64;
+        self.offsets.insert(cpu, offset);
+        Some(offset)
+    }
+}
+
+/// Registers with which a call that the stop itself ended is made again.
+pub fn made_again(registers: &Registers) -> Option<Registers> {
+    let number = registers.orig_rax as i64;
+    (registers.rax as i64 == EINTR && ENDED_BY_A_STOP.contains(&number)).then(|| Registers {
+        rax: registers.orig_rax,
+        orig_rax: u64::MAX,
+        rip: registers.rip - 2,
+        ..*registers
+    })
+}
+
+/// CLOCK_MONOTONIC of this process, nanoseconds.
+pub fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+fn read_sched(process: i32, tid: i32) -> Option<Before> {
+    let dir = ProcDir::thread(process, tid);
+    let (exec_start_ns, voluntary_switches) = parse_sched(&dir.text("sched").ok()?)?;
+    Some(Before {
+        exec_start_ns,
+        voluntary_switches,
+        cpu: dir.stat().ok()?.processor,
+    })
+}
+
+fn parse_sched(text: &str) -> Option<(u64, u64)> {
+    let value = |key: &str| {
+        text.lines()
+            .find(|l| l.starts_with(key))?
+            .rsplit(':')
+            .next()
+            .map(str::trim)
+    };
+    let (millis, nanos) = value("se.exec_start")?.split_once('.')?;
+    let exec_start = millis.parse::<u64>().ok()? * 1_000_000 + nanos.parse::<u64>().ok()?;
+    Some((exec_start, value("nr_voluntary_switches")?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sched_is_read() {
+        let text = "cat (1733, #threads: 1)\n---\nse.exec_start             :        971156.978116\n\
+                    nr_voluntary_switches     :                    7\n";
+        assert_eq!(parse_sched(text), Some((971_156_978_116, 7)));
+    }
+}

@@ -1,0 +1,87 @@
+//! What a capture must know of the processes around the captured ones.
+//!
+//! Owns the questions "does anybody who stays hold this too?". Refuses to change anything.
+
+use crate::capture::descriptors;
+use dunlin_proto::control::Obstacle;
+use dunlin_proto::ids::{Pid, RunId};
+use dunlin_proto::image::DescriptionKind;
+use dunlin_sys::procfs::ProcDir;
+use std::cell::OnceCell;
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// The processes around the captured ones.
+pub struct Surroundings<'a> {
+    /// Names a standard stream of a run by its local end.
+    pub identify: &'a dyn Fn(BorrowedFd<'_>) -> Option<(RunId, u8)>,
+    /// Host numbers of the processes that move.
+    pub moving: Vec<i32>,
+    /// Host numbers and PIDs of all other processes of the nest.
+    pub staying: Vec<(i32, Pid)>,
+    holders: OnceCell<HashMap<(u64, u64), Pid>>,
+}
+
+impl<'a> Surroundings<'a> {
+    /// The surroundings of `moving` among `staying`.
+    pub fn new(
+        identify: &'a dyn Fn(BorrowedFd<'_>) -> Option<(RunId, u8)>,
+        moving: Vec<i32>,
+        staying: Vec<(i32, Pid)>,
+    ) -> Surroundings<'a> {
+        Surroundings {
+            identify,
+            moving,
+            staying,
+            holders: OnceCell::new(),
+        }
+    }
+
+    /// Whether a process that stays has the file behind this link open (through whatever description: the check errs
+    /// on the safe side).
+    pub fn shared_outside(&self, _host: i32, link: &Path) -> io::Result<bool> {
+        let meta = std::fs::metadata(link)?;
+        Ok(self.holders().contains_key(&(meta.dev(), meta.ino())))
+    }
+
+    /// A process that stays and has this pipe open.
+    pub fn pipe_outside(&self, inode: u64) -> io::Result<Option<Pid>> {
+        Ok(self
+            .holders()
+            .iter()
+            .find(|((_, ino), _)| *ino == inode)
+            .map(|(_, pid)| *pid))
+    }
+
+    /// What a pipe's end is, or why it cannot move.
+    pub fn pipe(
+        &self,
+        pid: Pid,
+        host: i32,
+        dir: &ProcDir,
+        number: i32,
+        link: &Path,
+        flags: u32,
+    ) -> io::Result<Result<DescriptionKind, Box<Obstacle>>> {
+        descriptors::pipe_kind(pid, host, dir, number, link, flags, self)
+    }
+
+    fn holders(&self) -> &HashMap<(u64, u64), Pid> {
+        self.holders.get_or_init(|| {
+            let mut holders = HashMap::new();
+            for (host, pid) in &self.staying {
+                let dir = ProcDir::process(*host);
+                // A process that has ended meanwhile holds nothing.
+                for number in dir.numbers("fd").unwrap_or_default() {
+                    if let Ok(meta) = std::fs::metadata(dir.path(&format!("fd/{number}"))) {
+                        holders.insert((meta.dev(), meta.ino()), *pid);
+                    }
+                }
+            }
+            holders
+        })
+    }
+}

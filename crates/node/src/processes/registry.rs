@@ -1,0 +1,162 @@
+//! What is in the nest and is not what it looks like.
+//!
+//! Owns two maps that the mover fills: tasks that stand for something else, and processes that came from elsewhere.
+//! Refuses to know how they come to be. An entry of [`Hidden`] is made before its task can be seen, and removed after
+//! it is gone or has become the process.
+
+use dunlin_proto::ids::{Incarnation, Pid, Slot};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// What a hidden task is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HiddenKind {
+    /// At the home of a process that is elsewhere: its table entry.
+    Departed,
+    /// At another node: a relative (parent, child, leader) of a process that is here.
+    Relative,
+    /// Keeps the memory of a process that has left, until its pages are drained.
+    Keeper,
+    /// Will be a process, when a move arrives.
+    Blank,
+}
+
+/// A job-control change that this daemon causes in a surrogate, and that its surrogate will therefore report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Echo {
+    /// A stop.
+    Stop,
+    /// A continue.
+    Continue,
+}
+
+#[derive(Debug)]
+struct HiddenTask {
+    kind: HiddenKind,
+    echoes: BTreeMap<Echo, u32>,
+}
+
+/// The tasks of the nest that are no programs.
+#[derive(Debug, Default)]
+pub struct Hidden(Mutex<BTreeMap<Pid, HiddenTask>>);
+
+impl Hidden {
+    /// From now on `pid` is hidden; a second call changes its kind.
+    pub fn insert(&self, pid: Pid, kind: HiddenKind) {
+        let echoes = BTreeMap::new();
+        self.lock().insert(pid, HiddenTask { kind, echoes });
+    }
+
+    /// From now on `pid` is a process, or nothing. Says what it was.
+    pub fn remove(&self, pid: Pid) -> Option<HiddenKind> {
+        self.lock().remove(&pid).map(|t| t.kind)
+    }
+
+    /// What `pid` is, if it is hidden.
+    pub fn kind(&self, pid: Pid) -> Option<HiddenKind> {
+        self.lock().get(&pid).map(|t| t.kind)
+    }
+
+    /// Announces that the surrogate is about to be stopped or continued *because* the process it stands for was: its
+    /// report of that must not be sent to the process again, where by then the opposite may be true.
+    pub fn expect_echo(&self, pid: Pid, echo: Echo) {
+        if let Some(task) = self.lock().get_mut(&pid) {
+            *task.echoes.entry(echo).or_insert(0) += 1;
+        }
+    }
+
+    /// Was this report announced? Each announcement is good for one.
+    pub fn take_echo(&self, pid: Pid, echo: Echo) -> bool {
+        let mut tasks = self.lock();
+        let count = tasks
+            .get_mut(&pid)
+            .and_then(|t| t.echoes.get_mut(&echo))
+            .filter(|c| **c > 0);
+        count.map(|c| *c -= 1).is_some()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Pid, HiddenTask>> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// A process that came here by a move (or was forked by one and shares its absent pages).
+#[derive(Clone)]
+pub struct Resident {
+    /// How many moves it has made.
+    pub moves: u32,
+    /// Its command line, as it was when it left its first node: reading it anew may need a page.
+    pub command: String,
+    /// Its entry's.
+    pub incarnation: Incarnation,
+    /// A move has stopped it.
+    pub frozen: bool,
+    /// Pages that still are on other nodes; none when it is drained.
+    pub elsewhere: Arc<dyn Fn() -> BTreeMap<Slot, u64> + Send + Sync>,
+}
+
+impl fmt::Debug for Resident {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Resident")
+            .field("moves", &self.moves)
+            .field("command", &self.command)
+            .field("incarnation", &self.incarnation)
+            .field("frozen", &self.frozen)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The processes here that have a past elsewhere.
+#[derive(Debug, Default)]
+pub struct Residents(Mutex<BTreeMap<Pid, Resident>>);
+
+impl Residents {
+    /// Enters a process, or replaces what was known of it.
+    pub fn insert(&self, pid: Pid, resident: Resident) {
+        self.lock().insert(pid, resident);
+    }
+
+    /// Changes an entry, if there is one.
+    pub fn change(&self, pid: Pid, change: impl FnOnce(&mut Resident)) {
+        if let Some(resident) = self.lock().get_mut(&pid) {
+            change(resident);
+        }
+    }
+
+    /// It has left or ended.
+    pub fn remove(&self, pid: Pid) -> Option<Resident> {
+        self.lock().remove(&pid)
+    }
+
+    /// What is known of a process.
+    pub fn get(&self, pid: Pid) -> Option<Resident> {
+        self.lock().get(&pid).cloned()
+    }
+
+    /// Does reading its memory possibly need another node?
+    pub fn has_pages_elsewhere(&self, pid: Pid) -> bool {
+        self.get(pid).is_some_and(|r| !(r.elsewhere)().is_empty())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Pid, Resident>> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_echo_is_swallowed_once() {
+        let hidden = Hidden::default();
+        hidden.insert(Pid(129), HiddenKind::Departed);
+        hidden.expect_echo(Pid(129), Echo::Stop);
+        assert!(!hidden.take_echo(Pid(129), Echo::Continue));
+        assert!(hidden.take_echo(Pid(129), Echo::Stop));
+        assert!(!hidden.take_echo(Pid(129), Echo::Stop));
+        hidden.expect_echo(Pid(130), Echo::Stop);
+        assert!(!hidden.take_echo(Pid(130), Echo::Stop));
+    }
+}

@@ -1,0 +1,378 @@
+//! The blank: a stopped process that is being turned into another.
+//!
+//! Owns the order of the steps. Each step is in a file of its own.
+
+use super::{During, Kit, RestoreError, descriptors, mappings, signals, threads, traits};
+use crate::capture::SCRIPT_MASK;
+use crate::files::{Use, open_same};
+use crate::install::Wanted;
+use dunlin_proto::ids::Pid;
+use dunlin_proto::image::{Essence, MappingKind, Pages, Plan, ProcessImage};
+use dunlin_sys::foothold::Foothold;
+use dunlin_sys::procfs::ProcDir;
+use dunlin_sys::ptrace::{Options, Running, Stopped};
+use dunlin_sys::script::Script;
+use dunlin_sys::uffd::Uffd;
+use rustix::fs::OFlags;
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+const SYS_EXECVEAT: i64 = 322;
+const SYS_CLOSE_RANGE: i64 = 436;
+const SYS_SETRESUID: i64 = 117;
+const AT_EMPTY_PATH: u64 = 0x1000;
+const NO_CHANGE: u64 = u32::MAX as u64;
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
+
+/// A process that is being restored.
+pub struct Blank {
+    /// Its PID.
+    pub pid: Pid,
+    /// Its number on this machine.
+    pub host: i32,
+    pub(super) image: ProcessImage,
+    pub(super) file_pages: BTreeMap<u64, Vec<u8>>,
+    pub(super) foothold: Foothold,
+    pub(super) memory: File,
+    pub(super) uffd: Uffd,
+    /// Threads by PID, with their number on this machine; all stopped, traced by this OS thread.
+    pub(super) threads: BTreeMap<Pid, i32>,
+    /// Sleeps that were over before the thread could fall asleep again: their answers, by host number.
+    pub(super) slept: BTreeMap<i32, i64>,
+    options: Options,
+}
+
+/// A process that runs here now.
+pub struct Resumed {
+    /// Serves its missing pages.
+    pub uffd: Uffd,
+    /// What is registered with it.
+    pub regions: Vec<(u64, u64)>,
+    /// Its number on this machine.
+    pub host: i32,
+}
+
+impl Blank {
+    /// Does everything that can be done before the freeze in the surrogate (or fresh blank) whose host number is given.
+    ///
+    /// `expendable`: it dies with this daemon until it is resumed; not so for an entry that stands for a process that
+    /// runs elsewhere.
+    pub fn prepare(
+        host: i32,
+        expendable: bool,
+        plan: &Plan,
+        clock_offsets_ns: [i64; 2],
+        kit: &mut Kit<'_>,
+    ) -> Result<Blank, RestoreError> {
+        let pid = plan.image.lineage.pid;
+        check_sound(pid, &plan.image)?;
+        let options = Options {
+            exit_kill: expendable,
+            follow: true,
+            suspend_seccomp: true,
+        };
+        kit.options = options;
+        let running = Running::seize(host, options).during(pid, "tracing the blank")?;
+        let (thread, _) = running
+            .stop(Instant::now() + STOP_PATIENCE)
+            .during(pid, "stopping the blank")?;
+        thread.set_signal_mask(SCRIPT_MASK).during(pid, "blocking signals")?;
+        let thread = execute_program(pid, host, thread, plan, clock_offsets_ns, kit)?;
+        let ranges: Vec<(u64, u64)> = plan.image.space.mappings.iter().map(|m| (m.start, m.end)).collect();
+        let (thread, foothold) = Foothold::plant(thread, host, &ranges).during(pid, "planting the loop")?;
+        let memory = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(ProcDir::process(host).path("mem"))
+            .during(pid, "opening its memory")?;
+        let (thread, foothold) = mappings::clear(pid, host, thread, foothold, &plan.image.space)?;
+        mappings::map(
+            pid,
+            host,
+            thread,
+            &foothold,
+            &plan.image.space,
+            &plan.image.space.mappings,
+            kit,
+        )?;
+        let uffd = mappings::demand(pid, host, &foothold, &plan.image.space.mappings, kit)?;
+        let mut blank = Blank {
+            pid,
+            host,
+            image: plan.image.clone(),
+            file_pages: BTreeMap::new(),
+            foothold,
+            memory,
+            uffd,
+            threads: BTreeMap::from([(pid, host)]),
+            slept: BTreeMap::new(),
+            options,
+        };
+        for run in &plan.file_pages {
+            blank.write_file_pages(run)?;
+        }
+        mappings::describe(&blank, &plan.image.space)?;
+        descriptors::install_all(&blank, &plan.image.files, kit)?;
+        signals::set_actions(&blank, None, &plan.image.signals.actions)?;
+        traits::set(&blank, &plan.image.traits, &plan.image.seccomp, kit)?;
+        threads::make(&mut blank, plan.image.threads.iter().map(|t| t.tid), kit)?;
+        Ok(blank)
+    }
+
+    /// Corrects what has changed since the plan, puts everything of the freeze in place and verifies it.
+    pub fn load(&mut self, essence: &Essence, kit: &mut Kit<'_>) -> Result<(), RestoreError> {
+        kit.options = self.options;
+        if let Some(space) = &essence.space {
+            mappings::correct(self, space, kit)?;
+        }
+        if let Some(files) = &essence.files {
+            descriptors::correct(self, files, kit)?;
+        }
+        if essence.traits != self.image.traits || essence.seccomp != self.image.seccomp {
+            traits::correct(self, essence, kit)?;
+        }
+        for run in &essence.file_pages {
+            self.write_file_pages(run)?;
+        }
+        mappings::drop_pages(self, &essence.file_pages_dropped)?;
+        for run in &essence.hot_pages {
+            self.check_pages(run)?;
+            self.uffd
+                .copy(run.address, &run.bytes)
+                .during(self.pid, "installing hot pages")?;
+        }
+        signals::set_actions(self, Some(&self.image.signals.actions), &essence.signals.actions)?;
+        threads::make(self, essence.threads.iter().map(|t| t.tid), kit)?;
+        threads::end_others(self, &essence.threads)?;
+        threads::load(self, essence, kit)?;
+        Ok(())
+    }
+
+    /// Lets the program run. The caller has taken [`Blank::pages`] into the pager before.
+    pub fn resume(self, essence: &Essence) -> Result<Resumed, RestoreError> {
+        threads::resume(&self, essence)?;
+        let regions = mappings::demanded(&self.image.space.mappings);
+        Ok(Resumed {
+            uffd: self.uffd,
+            regions,
+            host: self.host,
+        })
+    }
+
+    /// The missing pages' descriptor (a second handle) and the regions that are registered with it.
+    pub fn pages(&self) -> Result<(Uffd, Vec<(u64, u64)>), RestoreError> {
+        let uffd = self.uffd.try_clone().during(self.pid, "copying its userfaultfd")?;
+        Ok((uffd, mappings::demanded(&self.image.space.mappings)))
+    }
+
+    /// Ends a blank that will not be resumed.
+    pub fn destroy(self) {
+        if let Some(pid) = rustix::process::Pid::from_raw(self.host) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+
+    /// The name of the process.
+    pub fn comm(&self) -> &[u8] {
+        self.image.threads.first().map_or(b"dunlin", |thread| &thread.comm)
+    }
+
+    /// Memory of the blank that may be overwritten.
+    pub fn scratch(&self) -> u64 {
+        self.foothold.range().1 - 4096
+    }
+
+    /// The first thread, stopped.
+    pub(super) fn leader(&self) -> Stopped {
+        Stopped::assume(self.host)
+    }
+
+    /// Runs a script in one of its threads.
+    pub(super) fn run(&self, tid: i32, script: Script<'_>, what: &'static str) -> Result<(), RestoreError> {
+        if script.is_empty() {
+            return Ok(());
+        }
+        script.run(Stopped::assume(tid)).during(self.pid, what).map(|_| ())
+    }
+
+    /// Writes pages of a private file mapping, whatever its protection.
+    fn write_file_pages(&mut self, run: &Pages) -> Result<(), RestoreError> {
+        self.check_pages(run)?;
+        self.memory
+            .write_all_at(&run.bytes, run.address)
+            .during(self.pid, "writing pages of file mappings")?;
+        for (i, bytes) in run.bytes.chunks(4096).enumerate() {
+            self.file_pages.insert(run.address + i as u64 * 4096, bytes.to_vec());
+        }
+        Ok(())
+    }
+
+    fn check_pages(&self, run: &Pages) -> Result<(), RestoreError> {
+        let sound = run.address % 4096 == 0 && run.bytes.len() % 4096 == 0 && !run.bytes.is_empty();
+        let end = run.address.checked_add(run.bytes.len() as u64);
+        let inside = end.is_some_and(|end| end <= 0x7fff_ffff_f000);
+        if sound && inside {
+            Ok(())
+        } else {
+            Err(RestoreError::Unsound {
+                pid: self.pid,
+                why: "a page outside",
+            })
+        }
+    }
+}
+
+/// Replaces the surrogate program by the process's own, so that `/proc/PID/exe` and what hangs on it are right. None
+/// of it runs: the address space is cleared next.
+fn execute_program(
+    pid: Pid,
+    host: i32,
+    thread: Stopped,
+    plan: &Plan,
+    clock_offsets_ns: [i64; 2],
+    kit: &mut Kit<'_>,
+) -> Result<Stopped, RestoreError> {
+    let exe = open_same(
+        kit.root.as_fd(),
+        &plan.image.space.exe,
+        OFlags::RDONLY,
+        Use::Content,
+        kit.shared,
+    )
+    .map_err(|error| RestoreError::Obstacles(vec![descriptors::missing(pid, &plan.image.space.exe, &error)]))?;
+    let dir = ProcDir::process(host);
+    let at = borrowed_syscall(pid, &dir)?;
+    // Real, effective or saved root: be root again for the restore; the credentials come last.
+    let (thread, _) = thread
+        .inject(at, SYS_SETRESUID, [NO_CHANGE, 0, NO_CHANGE, 0, 0, 0])
+        .during(pid, "regaining privilege")?;
+    let (thread, _) = thread
+        .inject(at, SYS_CLOSE_RANGE, [0, u64::from(u32::MAX), 0, 0, 0, 0])
+        .during(pid, "closing descriptors")?;
+    let thread = set_clocks(pid, &dir, thread, at, clock_offsets_ns)?;
+    let thread = install(
+        pid,
+        pid,
+        thread,
+        at,
+        vec![Wanted {
+            fd: exe,
+            number: 3,
+            close_on_exec: true,
+        }],
+        kit,
+    )?;
+    let place = (thread.registers().during(pid, "reading registers")?.rsp - 1024) & !15;
+    let mut words = [0u8; 24];
+    words[..8].copy_from_slice(&(place + 16).to_le_bytes());
+    OpenOptions::new()
+        .write(true)
+        .open(dir.path("mem"))
+        .and_then(|memory| memory.write_all_at(&words, place))
+        .during(pid, "writing arguments")?;
+    let arguments = [3, place + 16, place, 0, AT_EMPTY_PATH, 0];
+    let (thread, executed) = thread
+        .inject_exec(at, SYS_EXECVEAT, arguments)
+        .during(pid, "executing the program")?;
+    executed.during(pid, "executing the program")?;
+    thread.set_signal_mask(SCRIPT_MASK).during(pid, "blocking signals")?;
+    Ok(thread)
+}
+
+/// Gives the blank a time namespace of its own, entered by the exec, if its clocks would not go on where the process's
+/// clocks are. See time_namespaces(7).
+fn set_clocks(pid: Pid, dir: &ProcDir, thread: Stopped, at: u64, wanted_ns: [i64; 2]) -> Result<Stopped, RestoreError> {
+    const SYS_UNSHARE: i64 = 272;
+    const CLONE_NEWTIME: u64 = 0x80;
+    // What the question took the clocks' owner to answer, and less than any freeze.
+    const TOLERANCE_NS: i64 = 500_000;
+    let now = crate::capture::clock_offsets(dir);
+    if now
+        .iter()
+        .zip(wanted_ns)
+        .all(|(now, wanted)| (now - wanted).abs() < TOLERANCE_NS)
+    {
+        return Ok(thread);
+    }
+    let (thread, answer) = thread
+        .inject(at, SYS_UNSHARE, [CLONE_NEWTIME, 0, 0, 0, 0, 0])
+        .during(pid, "unshare")?;
+    if answer < 0 {
+        return Err(dunlin_sys::Errno(-answer as i32)).during(pid, "making a time namespace");
+    }
+    let [own_monotonic, own_boottime] = crate::capture::time_offsets(
+        &ProcDir::process(std::process::id() as i32)
+            .text("timens_offsets")
+            .unwrap_or_default(),
+    );
+    let line = |clock: &str, ns: i64| {
+        format!(
+            "{clock} {} {}\n",
+            ns.div_euclid(1_000_000_000),
+            ns.rem_euclid(1_000_000_000)
+        )
+    };
+    let text = line("monotonic", wanted_ns[0] + own_monotonic) + &line("boottime", wanted_ns[1] + own_boottime);
+    std::fs::write(dir.path("timens_offsets"), text).during(pid, "setting its clocks")?;
+    Ok(thread)
+}
+
+/// Has descriptors installed through a stopped thread.
+pub(super) fn install(
+    pid: Pid,
+    tid: Pid,
+    thread: Stopped,
+    at: u64,
+    wanted: Vec<Wanted>,
+    kit: &Kit<'_>,
+) -> Result<Stopped, RestoreError> {
+    if wanted.is_empty() {
+        return Ok(thread);
+    }
+    kit.installer
+        .install(thread, at, tid, wanted, kit.options)
+        .during(pid, "installing descriptors")
+}
+
+fn borrowed_syscall(pid: Pid, dir: &ProcDir) -> Result<u64, RestoreError> {
+    dunlin_sys::foothold::syscall_instruction(dir).during(pid, "finding the vDSO")
+}
+
+/// What a peer sends is checked before any of it is used.
+fn check_sound(pid: Pid, image: &ProcessImage) -> Result<(), RestoreError> {
+    let unsound = |why| Err(RestoreError::Unsound { pid, why });
+    let mappings = &image.space.mappings;
+    let ordered = mappings.windows(2).all(|w| w[0].end <= w[1].start);
+    let aligned = mappings
+        .iter()
+        .all(|m| m.start < m.end && m.start % 4096 == 0 && m.end % 4096 == 0);
+    if !ordered || !aligned {
+        return unsound("its mappings overlap or are not whole pages");
+    }
+    let file_of = |kind| match kind {
+        MappingKind::PrivateFile { file, .. } | MappingKind::SharedFile { file, .. } => Some(file),
+        MappingKind::Anonymous | MappingKind::Kernel(_) => None,
+    };
+    if mappings
+        .iter()
+        .filter_map(|m| file_of(m.kind))
+        .any(|f| f as usize >= image.space.files.len())
+    {
+        return unsound("a mapping of a file that is not listed");
+    }
+    if image
+        .files
+        .table
+        .iter()
+        .any(|d| d.number < 0 || d.description as usize >= image.files.descriptions.len())
+    {
+        return unsound("a descriptor of a description that is not listed");
+    }
+    if image.signals.actions.len() != 64 || image.traits.limits.len() != 16 || image.threads.is_empty() {
+        return unsound("a part of it is missing");
+    }
+    Ok(())
+}

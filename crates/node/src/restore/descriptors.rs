@@ -1,0 +1,274 @@
+//! The descriptors of a blank.
+//!
+//! Owns how each kind of open file description is made again. Refuses to guess: a file that is not the same is an
+//! obstacle.
+
+use super::blank::install;
+use super::{Blank, During, Kit, RestoreError};
+use crate::files::{FileError, Use, open_same, proc_fd};
+use crate::install::Wanted;
+use crate::obstacle::obstacle;
+use dunlin_proto::control::Obstacle;
+use dunlin_proto::ids::Pid;
+use dunlin_proto::image::{Description, DescriptionKind, FileRef, Files};
+use dunlin_sys::script::Script;
+use rustix::fs::{Mode, OFlags, ResolveFlags, SeekFrom, openat2, seek};
+use std::ffi::OsStr;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+const SYS_CLOSE_RANGE: i64 = 436;
+const O_ACCMODE: u32 = 3;
+
+/// The obstacle that a file which is not here is.
+pub fn missing(pid: Pid, file: &FileRef, error: &FileError) -> Obstacle {
+    obstacle(
+        pid,
+        "file",
+        String::from_utf8_lossy(&file.path),
+        format!("it {error}"),
+        error.hint(),
+    )
+}
+
+/// Fills the empty table of a blank.
+pub fn install_all(blank: &Blank, files: &Files, kit: &mut Kit<'_>) -> Result<(), RestoreError> {
+    let pid = blank.pid;
+    let mut obstacles = Vec::new();
+    for description in &files.descriptions {
+        if kit.common.descriptions.contains_key(&description.key) {
+            continue;
+        }
+        match make(pid, description, kit)? {
+            Ok(fd) => {
+                kit.common.descriptions.insert(description.key, fd);
+            }
+            Err(obstacle) => obstacles.push(*obstacle),
+        }
+    }
+    if !obstacles.is_empty() {
+        return Err(RestoreError::Obstacles(obstacles));
+    }
+    let mut wanted = Vec::with_capacity(files.table.len());
+    for descriptor in &files.table {
+        let key = files.descriptions[descriptor.description as usize].key;
+        let fd = kit.common.descriptions.get(&key).map(OwnedFd::try_clone);
+        let fd = fd
+            .ok_or(RestoreError::Unsound {
+                pid,
+                why: "a descriptor of nothing",
+            })?
+            .during(pid, "dup")?;
+        wanted.push(Wanted {
+            fd,
+            number: descriptor.number,
+            close_on_exec: descriptor.close_on_exec,
+        });
+    }
+    install(pid, pid, blank.leader(), blank.foothold.syscall_at, wanted, kit)?;
+    Ok(())
+}
+
+/// Makes the table what it is inside the freeze.
+pub fn correct(blank: &mut Blank, files: &Files, kit: &mut Kit<'_>) -> Result<(), RestoreError> {
+    let pid = blank.pid;
+    if files
+        .table
+        .iter()
+        .any(|d| d.number < 0 || d.description as usize >= files.descriptions.len())
+    {
+        return Err(RestoreError::Unsound {
+            pid,
+            why: "a descriptor of a description that is not listed",
+        });
+    }
+    let old = std::mem::take(&mut blank.image.files);
+    let mut remake = old.table != files.table || old.descriptions.len() != files.descriptions.len();
+    for description in &files.descriptions {
+        let before = old.descriptions.iter().find(|d| d.key == description.key);
+        match before {
+            Some(before) if same_but_offset(before, description) => {
+                if before.position != description.position
+                    && let Some(fd) = kit.common.descriptions.get(&description.key)
+                {
+                    place(fd, description).during(pid, "setting offsets")?;
+                }
+            }
+            Some(_) => {
+                kit.common.descriptions.remove(&description.key);
+                remake = true;
+            }
+            None => remake = true,
+        }
+    }
+    blank.image.files = files.clone();
+    if !remake {
+        return Ok(());
+    }
+    let mut script = Script::new(&blank.foothold.arena);
+    script.call("close_range", SYS_CLOSE_RANGE, &[0, u64::from(u32::MAX), 0]);
+    blank.run(blank.host, script, "closing descriptors")?;
+    install_all(blank, files, kit)
+}
+
+fn same_but_offset(a: &Description, b: &Description) -> bool {
+    let kinds = match (&a.kind, &b.kind) {
+        // A file that is being written changes its size and time all the while.
+        (DescriptionKind::File(a), DescriptionKind::File(b)) => a.path == b.path && a.inode == b.inode,
+        (DescriptionKind::Directory(a), DescriptionKind::Directory(b)) => a.path == b.path && a.inode == b.inode,
+        (a, b) => a == b,
+    };
+    kinds && a.flags == b.flags
+}
+
+type Refusal = Box<Obstacle>;
+
+fn make(pid: Pid, description: &Description, kit: &mut Kit<'_>) -> Result<Result<OwnedFd, Refusal>, RestoreError> {
+    let flags = OFlags::from_bits_retain(description.flags & !0o100_000);
+    let open = |file: &FileRef, how: Use, kit: &Kit<'_>| {
+        open_same(kit.root.as_fd(), file, flags, how, kit.shared).map_err(|e| Box::new(missing(pid, file, &e)))
+    };
+    let fd = match &description.kind {
+        DescriptionKind::File(file) => {
+            let how = if description.flags & O_ACCMODE == 0 {
+                Use::Content
+            } else {
+                Use::Identity
+            };
+            open(file, how, kit)
+        }
+        DescriptionKind::Directory(file) | DescriptionKind::Device(file) => {
+            match openat2(
+                kit.root.as_fd(),
+                relative(&file.path),
+                flags | OFlags::CLOEXEC,
+                Mode::empty(),
+                ResolveFlags::IN_ROOT,
+            ) {
+                Ok(fd) => Ok(fd),
+                Err(error) => Err(Box::new(missing(pid, file, &FileError::Open(error.into())))),
+            }
+        }
+        DescriptionKind::Deleted { path, mode, bytes } => {
+            let fd = nameless(kit, path, *mode, bytes, flags).during(pid, "making a file without a name")?;
+            Ok(fd)
+        }
+        DescriptionKind::Stream { run, stream } => match (kit.open_stream)(*run, *stream) {
+            Ok(fd) => Ok(fd),
+            Err(error) => Err(Box::new(obstacle(
+                pid,
+                "descriptor",
+                format_args!("standard stream {stream}"),
+                format!("its origin cannot be reached: {error}"),
+                "see `dunlin lab status` or the peers of `dunlin doctor`",
+            ))),
+        },
+        DescriptionKind::Pipe {
+            pipe,
+            write,
+            capacity,
+            bytes,
+        } => Ok(pipe_end(kit, *pipe, *write, *capacity, bytes, flags).during(pid, "making a pipe")?),
+        DescriptionKind::Event { count, semaphore } => {
+            use rustix::event::{EventfdFlags, eventfd};
+            let mut how = EventfdFlags::CLOEXEC;
+            how.set(EventfdFlags::SEMAPHORE, *semaphore);
+            how.set(EventfdFlags::NONBLOCK, flags.contains(OFlags::NONBLOCK));
+            let fd = eventfd(0, how).during(pid, "making an eventfd")?;
+            if *count > 0 {
+                rustix::io::write(&fd, &count.to_le_bytes()).during(pid, "filling an eventfd")?;
+            }
+            Ok(fd)
+        }
+    };
+    if let Ok(fd) = &fd {
+        place(fd, description).during(pid, "setting offsets")?;
+    }
+    Ok(fd)
+}
+
+fn relative(path: &[u8]) -> &Path {
+    let path = Path::new(OsStr::from_bytes(path));
+    let path = path.strip_prefix("/").unwrap_or(path);
+    if path.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        path
+    }
+}
+
+/// Puts the offset where it was, for what has one.
+fn place(fd: &OwnedFd, description: &Description) -> io::Result<()> {
+    match description.kind {
+        DescriptionKind::File(_) | DescriptionKind::Directory(_) | DescriptionKind::Deleted { .. } => {
+            seek(fd, SeekFrom::Start(description.position))?;
+            Ok(())
+        }
+        DescriptionKind::Device(_)
+        | DescriptionKind::Stream { .. }
+        | DescriptionKind::Pipe { .. }
+        | DescriptionKind::Event { .. } => Ok(()),
+    }
+}
+
+fn nameless(kit: &Kit<'_>, path: &[u8], mode: u32, bytes: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
+    let directory = Path::new(OsStr::from_bytes(path)).parent().unwrap_or(Path::new("/"));
+    let mode = Mode::from_raw_mode(mode);
+    let make = |directory: &Path| {
+        let how = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        openat2(
+            kit.root.as_fd(),
+            relative(directory.as_os_str().as_bytes()),
+            how,
+            mode,
+            ResolveFlags::IN_ROOT,
+        )
+    };
+    // Its directory may be gone, or on a file system without nameless files.
+    let file = make(directory)
+        .or_else(|_| make(Path::new("/tmp")))
+        .or_else(|_| make(Path::new("/dev/shm")))?;
+    let mut file = std::fs::File::from(file);
+    file.write_all(bytes)?;
+    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode.as_raw_mode()))?;
+    let file = OwnedFd::from(file);
+    let again = flags - (OFlags::CREATE | OFlags::EXCL | OFlags::TRUNC | OFlags::TMPFILE | OFlags::NOFOLLOW);
+    Ok(rustix::fs::open(
+        proc_fd(&file),
+        again | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?)
+}
+
+fn pipe_end(
+    kit: &mut Kit<'_>,
+    number: u64,
+    write: bool,
+    capacity: u32,
+    bytes: &[u8],
+    flags: OFlags,
+) -> io::Result<OwnedFd> {
+    use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+    if !kit.common.pipes.contains_key(&number) {
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
+        fcntl_setpipe_size(&write, capacity as usize)?;
+        kit.common.pipes.insert(number, (read, write));
+    }
+    let Some((reading, writing)) = kit.common.pipes.get(&number) else {
+        return Err(io::ErrorKind::NotFound.into());
+    };
+    if !bytes.is_empty() {
+        let mut writing = std::fs::File::from(writing.try_clone()?);
+        writing.write_all(bytes)?;
+    }
+    // A second description of the same end: the flags of one must not show in the other.
+    let end = if write { writing } else { reading };
+    let access = if write { OFlags::WRONLY } else { OFlags::RDONLY };
+    Ok(rustix::fs::open(
+        proc_fd(end),
+        access | OFlags::CLOEXEC | (flags & OFlags::NONBLOCK),
+        Mode::empty(),
+    )?)
+}

@@ -1,0 +1,204 @@
+//! The threads of a blank: made, loaded, let go.
+//!
+//! Owns the TIDs (each steered) and the last stores of registers. Invariant: all threads are stopped and traced by this
+//! OS thread until [`resume`] lets go of all of them.
+
+use super::{Blank, During, Kit, RestoreError, mappings, signals, sleeper};
+use crate::capture::{SCRIPT_MASK, from_words};
+use dunlin_proto::ids::Pid;
+use dunlin_proto::image::{Essence, ThreadImage};
+use dunlin_sys::inspect;
+use dunlin_sys::ptrace::Stopped;
+use dunlin_sys::script::Script;
+
+const SYS_CLONE: i64 = 56;
+const SYS_EXIT: i64 = 60;
+const SYS_SIGALTSTACK: i64 = 131;
+const SYS_PRCTL: i64 = 157;
+const SYS_SET_TID_ADDRESS: i64 = 218;
+const SYS_SET_ROBUST_LIST: i64 = 273;
+const SYS_RSEQ: i64 = 334;
+const PR_SET_PDEATHSIG: u64 = 1;
+const PR_SET_NAME: u64 = 15;
+const SS_DISABLE: u64 = 2;
+/// CLONE_VM | FS | FILES | SIGHAND | THREAD | SYSVSEM, as pthread_create(3) asks for.
+const THREAD: u64 = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000;
+const MAX_THREADS: usize = 32_768;
+
+/// Makes the threads that are not there yet.
+pub fn make(blank: &mut Blank, tids: impl Iterator<Item = Pid>, kit: &mut Kit<'_>) -> Result<(), RestoreError> {
+    for tid in tids {
+        if blank.threads.contains_key(&tid) {
+            continue;
+        }
+        if blank.threads.len() >= MAX_THREADS {
+            return Err(RestoreError::Unsound {
+                pid: blank.pid,
+                why: "more threads than a process may have",
+            });
+        }
+        let taken = (kit.steer)(tid).during(blank.pid, "steering a thread's number")?;
+        let arguments = [THREAD, 0, 0, 0, 0, kit.cookie];
+        let (_, answer, child) = blank
+            .leader()
+            .inject_clone(blank.foothold.syscall_at, SYS_CLONE, arguments)
+            .during(blank.pid, "making a thread")?;
+        taken().during(blank.pid, "steering a thread's number")?;
+        let child = child
+            .filter(|_| answer == i64::from(tid.0))
+            .ok_or_else(|| RestoreError::Kernel {
+                pid: blank.pid,
+                what: "making a thread",
+                source: format!("thread {tid} came out as {answer}").into(),
+            })?;
+        child
+            .set_signal_mask(SCRIPT_MASK)
+            .during(blank.pid, "blocking signals")?;
+        blank.threads.insert(tid, child.tid());
+    }
+    Ok(())
+}
+
+/// Ends the threads that have ended since the plan.
+pub fn end_others(blank: &mut Blank, wanted: &[ThreadImage]) -> Result<(), RestoreError> {
+    let gone: Vec<(Pid, i32)> = blank
+        .threads
+        .iter()
+        .filter(|(tid, _)| !wanted.iter().any(|t| t.tid == **tid))
+        .map(|(tid, host)| (*tid, *host))
+        .collect();
+    for (tid, host) in gone {
+        // It never returns: the answer is that the thread is gone.
+        let _ = Stopped::assume(host).inject(blank.foothold.syscall_at, SYS_EXIT, [0; 6]);
+        blank.threads.remove(&tid);
+    }
+    Ok(())
+}
+
+/// Puts everything into the threads but what only the last store may set.
+pub fn load(blank: &mut Blank, essence: &Essence, kit: &Kit<'_>) -> Result<(), RestoreError> {
+    let pid = blank.pid;
+    for thread in &essence.threads {
+        let host = host_of(blank, thread)?;
+        let mut script = Script::new(&blank.foothold.arena);
+        let name = script.text(&thread.comm);
+        script.call("prctl", SYS_PRCTL, &[PR_SET_NAME, name.address, 0, 0, 0]);
+        let [pointer, flags, size] = thread.alt_stack;
+        if flags & SS_DISABLE == 0 && size != 0 {
+            // SS_ONSTACK is a report, not a request.
+            let stack = script.bytes(&[pointer, flags & !1, size].map(u64::to_le_bytes).concat());
+            script.attempt("sigaltstack", SYS_SIGALTSTACK, &[stack.address, 0]);
+        }
+        script.call("set_tid_address", SYS_SET_TID_ADDRESS, &[thread.clear_tid]);
+        let [head, length] = thread.robust_list;
+        if length != 0 {
+            script.call("set_robust_list", SYS_SET_ROBUST_LIST, &[head, length]);
+        }
+        if let Some([area, length, signature]) = thread.rseq {
+            // Its page is among the hot ones: the kernel writes to it at once.
+            script.call("rseq", SYS_RSEQ, &[area, length, 0, signature]);
+        }
+        if thread.parent_death_signal != 0 {
+            script.attempt(
+                "prctl",
+                SYS_PRCTL,
+                &[PR_SET_PDEATHSIG, thread.parent_death_signal as u64, 0, 0, 0],
+            );
+        }
+        signals::add_pending(&mut script, pid, Some(thread.tid), &thread.pending, kit.cookie);
+        if thread.tid == pid {
+            signals::add_pending(&mut script, pid, None, &essence.signals.pending, kit.cookie);
+        }
+        blank.run(host, script, "loading a thread")?;
+        manner(blank, host, thread)?;
+    }
+    signals::set_timers(blank, &essence.signals)?;
+    for thread in &essence.threads {
+        if let Some(sleep) = &thread.sleep {
+            let host = host_of(blank, thread)?;
+            if let Some(answer) = sleeper::fall_asleep(blank, host, sleep)? {
+                blank.slept.insert(host, answer);
+            }
+        }
+    }
+    mappings::seal(blank)?;
+    for thread in &essence.threads {
+        from_words(&thread.registers).ok_or(RestoreError::Unsound {
+            pid,
+            why: "registers are missing",
+        })?;
+        let stopped = Stopped::assume(host_of(blank, thread)?);
+        stopped
+            .set_xstate(&thread.xstate)
+            .during(pid, "setting the extended state")?;
+    }
+    Ok(())
+}
+
+/// Scheduling, affinity and the like, set from outside.
+fn manner(blank: &Blank, host: i32, thread: &ThreadImage) -> Result<(), RestoreError> {
+    let pid = blank.pid;
+    if inspect::schedule(host).during(pid, "reading its scheduling")? != thread.schedule {
+        inspect::set_schedule(host, thread.schedule).during(pid, "setting its scheduling")?;
+    }
+    if let Some(mask) = &thread.affinity {
+        // Where none of its CPUs exists the affinity makes no sense: it may use all.
+        let _ = inspect::set_affinity(host, mask);
+    }
+    if inspect::io_priority(host).during(pid, "reading its I/O priority")? != thread.io_priority {
+        inspect::set_io_priority(host, thread.io_priority).during(pid, "setting its I/O priority")?;
+    }
+    if thread.timer_slack_ns != 50_000 {
+        let _ = std::fs::write(format!("/proc/{host}/timerslack_ns"), thread.timer_slack_ns.to_string());
+    }
+    Ok(())
+}
+
+/// The last stores, then all threads run.
+pub fn resume(blank: &Blank, essence: &Essence) -> Result<(), RestoreError> {
+    let pid = blank.pid;
+    let leader = blank
+        .foothold
+        .uproot(blank.leader())
+        .during(pid, "taking the loop out")?;
+    for thread in &essence.threads {
+        let stopped = Stopped::assume(host_of(blank, thread)?);
+        let Some(mut registers) = from_words(&thread.registers) else {
+            return Err(RestoreError::Unsound {
+                pid,
+                why: "registers are missing",
+            });
+        };
+        if let Some(answer) = blank.slept.get(&stopped.tid()) {
+            (registers.rax, registers.orig_rax) = (*answer as u64, u64::MAX);
+        }
+        stopped.set_registers(&registers).during(pid, "setting registers")?;
+        stopped
+            .set_signal_mask(thread.mask)
+            .during(pid, "setting the signal mask")?;
+    }
+    if let Some(signal) = essence.stopped_by
+        && let Some(process) = rustix::process::Pid::from_raw(blank.host)
+        && let Some(signal) = rustix::process::Signal::from_named_raw(signal)
+    {
+        rustix::process::kill_process(process, signal).during(pid, "stopping it again")?;
+    }
+    let hosts: Vec<i32> = blank
+        .threads
+        .values()
+        .copied()
+        .filter(|host| *host != leader.tid())
+        .collect();
+    leader.detach(0).during(pid, "letting it run")?;
+    for host in hosts {
+        Stopped::assume(host).detach(0).during(pid, "letting it run")?;
+    }
+    Ok(())
+}
+
+fn host_of(blank: &Blank, thread: &ThreadImage) -> Result<i32, RestoreError> {
+    blank.threads.get(&thread.tid).copied().ok_or(RestoreError::Unsound {
+        pid: blank.pid,
+        why: "a thread that was never made",
+    })
+}

@@ -1,0 +1,375 @@
+//! The program that a surrogate runs: it waits for signals and children and writes what came to a socket.
+//!
+//! Owns the assembler, the minimal ELF file around it (in a sealed memfd) and the format of its reports. Refuses to know
+//! who reads them. Invariants of the program: it keeps every signal blocked, so that each is taken with its payload and
+//! none takes effect (but SIGKILL and SIGSTOP); it uses its stack and one descriptor and nothing else; its name is its
+//! first argument; while nobody reads, it waits.
+
+use crate::fdpass;
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+
+/// The kernel's siginfo_t.
+pub type SigInfo = [u8; 128];
+
+/// A report: an eight-byte tag, then a siginfo.
+const REPORT_BYTES: usize = 8 + 128;
+
+/// What a surrogate tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Report {
+    /// It took this signal.
+    Signal(SigInfo),
+    /// A child of it ended (and is reaped), stopped or continued; as waitid(2) tells it.
+    Child(SigInfo),
+}
+
+std::arch::global_asm!(
+    ".pushsection .rodata.dunlin_surrogate, \"a\", @progbits",
+    ".balign 16",
+    "dunlin_surrogate_start:",
+    "mov r15, [rsp + 8]", // argv[0]
+    "sub rsp, 256",
+    "and rsp, -16",
+    // rt_sigprocmask(SIG_SETMASK, all, 0, 8)
+    "mov qword ptr [rsp], -1",
+    "mov eax, 14",
+    "mov edi, 2",
+    "mov rsi, rsp",
+    "xor edx, edx",
+    "mov r10d, 8",
+    "syscall",
+    // rt_sigaction(SIGCHLD, default, 0, 8): were it ignored, the kernel would reap the children unseen
+    "xor eax, eax",
+    "mov [rsp], rax",
+    "mov [rsp + 8], rax",
+    "mov [rsp + 16], rax",
+    "mov [rsp + 24], rax",
+    "mov eax, 13",
+    "mov edi, 17",
+    "mov rsi, rsp",
+    "xor edx, edx",
+    "mov r10d, 8",
+    "syscall",
+    // prctl(PR_SET_NAME, argv[0])
+    "test r15, r15",
+    "jz 2f",
+    "mov eax, 157",
+    "mov edi, 15",
+    "mov rsi, r15",
+    "xor edx, edx",
+    "xor r10d, r10d",
+    "xor r8d, r8d",
+    "syscall",
+    "2:",
+    // socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0)
+    "mov eax, 41",
+    "mov edi, 1",
+    "mov esi, 0x80002",
+    "xor edx, edx",
+    "syscall",
+    "mov r12d, eax",
+    // connect(fd, address, length)
+    "mov eax, 42",
+    "mov edi, r12d",
+    "lea rsi, [rip + dunlin_surrogate_address]",
+    "mov edx, [rip + dunlin_surrogate_length]",
+    "syscall",
+    // The report is at rsp + 16: tag, then siginfo. First the children that ended before SIGCHLD was blocked.
+    "jmp 4f",
+    "3:",
+    // rt_sigtimedwait(all, info, forever, 8)
+    "mov qword ptr [rsp], -1",
+    "mov eax, 128",
+    "mov rdi, rsp",
+    "lea rsi, [rsp + 24]",
+    "xor edx, edx",
+    "mov r10d, 8",
+    "syscall",
+    "test eax, eax",
+    "js 3b",
+    "mov r13d, eax",
+    "mov qword ptr [rsp + 16], 1",
+    "call 5f",
+    "cmp r13d, 17",
+    "jne 3b",
+    "4:",
+    // waitid(P_ALL, 0, info, WEXITED | WSTOPPED | WCONTINUED | WNOHANG | __WALL, 0)
+    "mov eax, 247",
+    "xor edi, edi",
+    "xor esi, esi",
+    "lea rdx, [rsp + 24]",
+    "mov r10d, 0x4000000f",
+    "xor r8d, r8d",
+    "syscall",
+    "test eax, eax",
+    "js 3b",
+    "cmp dword ptr [rsp + 24 + 16], 0", // si_pid: 0 if there was none
+    "je 3b",
+    "mov qword ptr [rsp + 16], 2",
+    "call 5f",
+    "jmp 4b",
+    "5:",
+    // sendto(fd, report, 136, MSG_NOSIGNAL, 0, 0); the call has pushed eight bytes
+    "mov eax, 44",
+    "mov edi, r12d",
+    "lea rsi, [rsp + 24]",
+    "mov edx, 136",
+    "mov r10d, 0x4000",
+    "xor r8d, r8d",
+    "xor r9d, r9d",
+    "syscall",
+    "cmp rax, -4", // EINTR
+    "je 5b",
+    "ret",
+    ".balign 8",
+    "dunlin_surrogate_length: .long 0",
+    "dunlin_surrogate_address: .space 112",
+    "dunlin_surrogate_end:",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    static dunlin_surrogate_start: [u8; 0];
+    static dunlin_surrogate_length: [u8; 0];
+    static dunlin_surrogate_end: [u8; 0];
+}
+
+/// The program, reporting to the abstract socket `name`, as a sealed executable file.
+pub fn program(name: &[u8]) -> io::Result<OwnedFd> {
+    let image = image(name)?;
+    let allowed = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    // MFD_EXEC says that we mean it (Linux 6.3); older kernels do not know it and need not be told.
+    let fd = rustix::fs::memfd_create("surrogate", allowed | MemfdFlags::EXEC)
+        .or_else(|_| rustix::fs::memfd_create("surrogate", allowed))?;
+    let mut file = File::from(fd);
+    file.write_all(&image)?;
+    rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(0o555))?;
+    let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
+    rustix::fs::fcntl_add_seals(&file, seals)?;
+    // A file that is open for writing cannot be executed; reopened, it is not.
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+    Ok(File::open(path)?.into())
+}
+
+/// The socket that the reports of `program(name)` arrive at, in the caller's network namespace.
+pub fn reports(name: &[u8]) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
+    rustix::net::sockopt::set_socket_passcred(&socket, true)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new_abstract_name(name)?)?;
+    Ok(socket)
+}
+
+/// The next report and the PID of its sender, as the caller numbers it. `None`: there is none.
+pub fn receive(socket: impl AsFd) -> io::Result<Option<(i32, Report)>> {
+    loop {
+        let mut bytes = [0u8; REPORT_BYTES + 1];
+        match fdpass::receive_raw(socket.as_fd(), &mut bytes, false) {
+            Ok((REPORT_BYTES, _, Some(pid))) => {
+                let info = bytes[8..REPORT_BYTES].try_into().expect("128 bytes");
+                match bytes[0] {
+                    1 => return Ok(Some((pid, Report::Signal(info)))),
+                    2 => return Ok(Some((pid, Report::Child(info)))),
+                    _ => {}
+                }
+            }
+            // Anybody in the nest can send; what is no report is nothing.
+            Ok(_) => {}
+            Err(e) if e.raw_os_error() == Some(libc::EMSGSIZE) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// A static position-independent ELF executable with one read-and-execute segment: headers, code, address.
+fn image(name: &[u8]) -> io::Result<Vec<u8>> {
+    const HEADERS: u64 = 64 + 2 * 56;
+    if name.len() > 107 {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: the symbols delimit the assembler block above, which is one contiguous run of initialised bytes.
+    let (code, length_at) = unsafe {
+        let start = (&raw const dunlin_surrogate_start).cast::<u8>();
+        let end = (&raw const dunlin_surrogate_end).cast::<u8>();
+        let length = (&raw const dunlin_surrogate_length).cast::<u8>();
+        let code = std::slice::from_raw_parts(start, end.offset_from(start) as usize);
+        (code, length.offset_from(start) as usize)
+    };
+    let mut code = code.to_vec();
+    let mut address = vec![];
+    address.extend((libc::AF_UNIX as u16).to_ne_bytes());
+    address.push(0);
+    address.extend(name);
+    code[length_at..length_at + 4].copy_from_slice(&(address.len() as u32).to_le_bytes());
+    code[length_at + 4..length_at + 4 + address.len()].copy_from_slice(&address);
+
+    let total = HEADERS + code.len() as u64;
+    let mut out = Vec::with_capacity(total as usize);
+    out.extend(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+    let half = |out: &mut Vec<u8>, v: u16| out.extend(v.to_le_bytes());
+    let word = |out: &mut Vec<u8>, v: u32| out.extend(v.to_le_bytes());
+    let long = |out: &mut Vec<u8>, v: u64| out.extend(v.to_le_bytes());
+    half(&mut out, 3); // ET_DYN
+    half(&mut out, 62); // EM_X86_64
+    word(&mut out, 1);
+    long(&mut out, HEADERS); // entry
+    long(&mut out, 64); // program headers
+    long(&mut out, 0);
+    word(&mut out, 0);
+    for v in [64, 56, 2, 64, 0, 0] {
+        half(&mut out, v);
+    }
+    let mut segment = |kind: u32, flags: u32, size: u64, align: u64| {
+        word(&mut out, kind);
+        word(&mut out, flags);
+        for v in [0, 0, 0, size, size, align] {
+            long(&mut out, v);
+        }
+    };
+    segment(1, 5, total, 4096); // PT_LOAD, R+X
+    segment(0x6474_e551, 6, 0, 16); // PT_GNU_STACK: not executable
+    out.extend(&code);
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spawn;
+    use std::ffi::CString;
+    use std::os::fd::AsRawFd;
+    use std::time::{Duration, Instant};
+
+    fn next(socket: &OwnedFd) -> (i32, Report) {
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(report) = receive(socket).unwrap() {
+                return report;
+            }
+            assert!(Instant::now() < end, "no report");
+            let mut fds = [rustix::event::PollFd::new(socket, rustix::event::PollFlags::IN)];
+            let _ = rustix::event::poll(&mut fds, Some(&rustix::time::Timespec { tv_sec: 1, tv_nsec: 0 }));
+        }
+    }
+
+    fn number(info: &SigInfo, at: usize) -> i32 {
+        i32::from_ne_bytes(info[at..at + 4].try_into().unwrap())
+    }
+
+    /// Ends the surrogate however the test ends.
+    struct Ended(i32);
+
+    impl Drop for Ended {
+        fn drop(&mut self) {
+            let _ = spawn::kill(self.0, libc::SIGKILL, 0);
+            let pid = rustix::process::Pid::from_raw(self.0);
+            let _ = rustix::process::waitpid(pid, rustix::process::WaitOptions::empty());
+        }
+    }
+
+    fn set_up(test: &str) -> (OwnedFd, OwnedFd) {
+        let name = format!("dunlin-test-{test}-{}", std::process::id());
+        (reports(name.as_bytes()).unwrap(), program(name.as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn signals_arrive_with_their_payload_and_nothing_else_counts() {
+        let (socket, program) = set_up("signals");
+        let argv = [CString::new("one-with-a-long-name").unwrap()];
+        let child = spawn::Child {
+            program: spawn::Program::File(program.as_fd()),
+            argv: &argv,
+            env: &[],
+            cwd: None,
+            umask: None,
+            owner: None,
+            stdio: None,
+            session: true,
+            controlling_tty: false,
+            group: None,
+            signals_blocked: true,
+            oom_score_adj: None,
+            open_files: None,
+        };
+        let started = spawn::start(&child, 0).unwrap();
+        let pid = started.pid;
+        let _ended = Ended(pid);
+        started.executed().unwrap();
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGTSTP, libc::SIGSEGV, 32, 64] {
+            spawn::kill(pid, signal, 0).unwrap();
+            let (from, report) = next(&socket);
+            let Report::Signal(info) = report else {
+                panic!("{report:?}")
+            };
+            assert_eq!((from, number(&info, 0)), (pid, signal));
+            assert_eq!(number(&info, 16), std::process::id() as i32, "the sender");
+        }
+        // SAFETY: sends a value, no memory.
+        unsafe {
+            let value = libc::sigval {
+                sival_ptr: 0x1234_5678_9abc as *mut libc::c_void,
+            };
+            assert_eq!(libc::sigqueue(pid, 40, value), 0);
+        }
+        let (_, Report::Signal(info)) = next(&socket) else {
+            panic!()
+        };
+        assert_eq!(&info[24..32], &0x1234_5678_9abcu64.to_ne_bytes());
+        let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap();
+        assert_eq!(comm, "one-with-a-long\n");
+        let name = rustix::net::getsockname(&socket).unwrap();
+        rustix::net::sendto(
+            rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None).unwrap(),
+            b"not a report",
+            rustix::net::SendFlags::empty(),
+            &name,
+        )
+        .unwrap();
+        assert_eq!(receive(&socket).unwrap(), None);
+    }
+
+    #[test]
+    fn children_are_reaped_and_told_of() {
+        let (socket, program) = set_up("children");
+        let path = format!("/proc/{}/fd/{}", std::process::id(), program.as_raw_fd());
+        // The first child has ended before its parent becomes the surrogate, the second ends after.
+        let script = format!(
+            "import os, signal\n\
+             if os.fork() == 0: os._exit(3)\n\
+             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)\n\
+             if os.fork() == 0: os.read(0, 1); os._exit(1)\n\
+             signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n\
+             signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\n\
+             os.execv('{path}', ['parent'])"
+        );
+        #[allow(clippy::zombie_processes)] // `Ended` waits for it.
+        let mut child = std::process::Command::new("python3")
+            .args(["-c", &script])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let _ended = Ended(child.id() as i32);
+        let (pid, Report::Child(info)) = next(&socket) else {
+            panic!()
+        };
+        assert_eq!(pid, child.id() as i32);
+        assert_eq!(
+            (number(&info, 0), number(&info, 8), number(&info, 24)),
+            (libc::SIGCHLD, libc::CLD_EXITED, 3)
+        );
+        drop(child.stdin.take());
+        let (_, Report::Signal(info)) = next(&socket) else {
+            panic!()
+        };
+        assert_eq!(number(&info, 0), libc::SIGCHLD);
+        let (_, Report::Child(info)) = next(&socket) else {
+            panic!()
+        };
+        assert_eq!((number(&info, 8), number(&info, 24)), (libc::CLD_EXITED, 1));
+    }
+}
