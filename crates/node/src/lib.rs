@@ -4,6 +4,7 @@ pub mod capture;
 pub mod config;
 pub mod control;
 pub mod daemon;
+pub mod dirty;
 pub mod entries;
 pub mod files;
 pub mod init;
