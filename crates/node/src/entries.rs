@@ -8,9 +8,11 @@
 //! for the moment, and the surrogate program executed by the child.
 
 use crate::capture::SCRIPT_MASK;
+use crate::capture::freeze::LeftBehind;
 use crate::install::{Installer, TRIGGER_CALL, Wanted};
-use crate::nest::{MakeSurrogate, Nest};
-use crate::processes::registry::{Hidden, HiddenKind};
+use crate::nest::{Nest, SurrogateSpec};
+use crate::processes::{Hidden, HiddenKind};
+use crate::restore::Blank;
 use dunlin_proto::control::ExitStatus;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Child, Lineage};
@@ -55,14 +57,21 @@ pub struct Place {
 impl Entries {
     /// The surrogates of this nest.
     pub fn new(nest: Nest, hidden: Arc<Hidden>, installer: Arc<Installer>) -> Entries {
-        Entries { nest, hidden, installer }
+        Entries {
+            nest,
+            hidden,
+            installer,
+        }
     }
 
     /// The place for a process that arrives: its surrogate if it has one, otherwise a new blank under its parent's entry.
     pub fn place(&self, lineage: &Lineage) -> io::Result<Place> {
         if let Some(host) = self.nest.host_pid(lineage.pid)? {
             return match self.hidden.kind(lineage.pid) {
-                Some(HiddenKind::Departed | HiddenKind::Relative) => Ok(Place { host, stood_before: true }),
+                Some(HiddenKind::Departed | HiddenKind::Relative) => Ok(Place {
+                    host,
+                    stood_before: true,
+                }),
                 Some(HiddenKind::Blank | HiddenKind::Keeper) | None => {
                     Err(io::Error::other(format!("PID {} is in use here", lineage.pid)))
                 }
@@ -73,7 +82,10 @@ impl Entries {
         if made.is_err() {
             self.hidden.remove(lineage.pid);
         }
-        Ok(Place { host: made?, stood_before: false })
+        Ok(Place {
+            host: made?,
+            stood_before: false,
+        })
     }
 
     fn make_blank(&self, lineage: &Lineage) -> io::Result<i32> {
@@ -100,6 +112,25 @@ impl Entries {
         self.make_under(maker, lineage.pid, manner, b"dunlin-blank")
     }
 
+    /// Turns the emptied process of a committed move into its own surrogate.
+    pub fn stay(&self, left: LeftBehind, pid: Pid, host: i32, comm: &[u8]) -> io::Result<()> {
+        let (thread, at, place) = left.ready().map_err(other)?;
+        self.execute(thread, pid, at, place, &ProcDir::process(host), comm)
+    }
+
+    /// Turns a blank of a move that came to nothing into the surrogate that it had been.
+    pub fn stand_again(&self, blank: Blank) -> io::Result<()> {
+        let dir = ProcDir::process(blank.host);
+        let at = syscall_instruction(&dir).map_err(other)?;
+        let comm = blank.comm().to_vec();
+        let all = [0, u64::from(u32::MAX), 0, 0, 0, 0];
+        let thread = Stopped::assume(blank.host)
+            .inject(at, SYS_CLOSE_RANGE, all)
+            .map_err(other)?
+            .0;
+        self.execute(thread, blank.pid, at, blank.scratch(), &dir, &comm)
+    }
+
     /// The entry of a relative that lives elsewhere (or here, where it does): made if there is none.
     fn relative(&self, pid: Pid, sid: Pid) -> io::Result<i32> {
         if let Some(host) = self.nest.host_pid(pid)? {
@@ -119,27 +150,45 @@ impl Entries {
     }
 
     fn make_under_init(&self, pid: Pid, session: bool, group: Option<Pid>, comm: &[u8]) -> io::Result<i32> {
-        self.nest.make_surrogate(MakeSurrogate { pid, comm: comm.to_vec(), session, group, owner: None })?;
-        self.nest.host_pid(pid)?.ok_or_else(|| io::Error::other(format!("the surrogate {pid} is gone already")))
+        self.nest.make_surrogate(SurrogateSpec {
+            pid,
+            comm: comm.to_vec(),
+            session,
+            group,
+            owner: None,
+        })?;
+        self.nest
+            .host_pid(pid)?
+            .ok_or_else(|| io::Error::other(format!("the surrogate {pid} is gone already")))
     }
 
     /// Makes a surrogate as a child of another entry.
     fn make_under(&self, maker: i32, pid: Pid, manner: Manner, comm: &[u8]) -> io::Result<i32> {
-        let running = Running::seize(maker, Options { follow: true, ..Options::default() }).map_err(other)?;
+        let running = Running::seize(
+            maker,
+            Options {
+                follow: true,
+                ..Options::default()
+            },
+        )
+        .map_err(other)?;
         let (thread, _) = running.stop(Instant::now() + PATIENCE).map_err(other)?;
         let mask = thread.signal_mask().map_err(other)?;
         thread.set_signal_mask(SCRIPT_MASK).map_err(other)?;
-        let made = self.child_of(thread, maker, pid, manner, comm);
+        let made = self.child_of(thread, (maker, None), pid, manner, comm);
         let thread = Stopped::assume(maker);
-        thread.set_signal_mask(mask).and_then(|()| thread.detach(0)).map_err(other)?;
+        thread
+            .set_signal_mask(mask)
+            .and_then(|()| thread.detach(0))
+            .map_err(other)?;
         made
     }
 
     /// Makes a surrogate as a child of a process that this OS thread traces and has stopped.
-    pub fn child_of(
+    fn child_of(
         &self,
         thread: Stopped,
-        maker: i32,
+        (maker, place): (i32, Option<u64>),
         pid: Pid,
         manner: Manner,
         comm: &[u8],
@@ -149,12 +198,15 @@ impl Entries {
         let guard = self.nest.steer(pid)?;
         let arguments = [CLONE_VM | SIGCHLD, 0, 0, 0, 0, self.nest.cookie()];
         let (thread, answer, child) = thread.inject_clone(at, SYS_CLONE, arguments).map_err(other)?;
-        guard.finish()?;
+        let _ = guard.finish()?;
         let Some(child) = child.filter(|_| answer == i64::from(pid.0)) else {
-            return Err(io::Error::other(format!("the surrogate for {pid} came out as {answer}")));
+            return Err(io::Error::other(format!(
+                "the surrogate for {pid} came out as {answer}"
+            )));
         };
         let host = child.tid();
-        let place = (thread.registers().map_err(other)?.rsp - 2048) & !15;
+        let below_stack = (thread.registers().map_err(other)?.rsp - 2048) & !15;
+        let place = place.unwrap_or(below_stack);
         let became = self.become_surrogate(child, pid, at, place, &dir, manner, comm);
         if became.is_err()
             && let Some(host) = rustix::process::Pid::from_raw(host)
@@ -179,7 +231,12 @@ impl Entries {
         let child = match manner {
             Manner::AsMaker => child,
             Manner::Session => child.inject(at, SYS_SETSID, [0; 6]).map_err(other)?.0,
-            Manner::Group(group) => child.inject(at, SYS_SETPGID, [0, group.0 as u64, 0, 0, 0, 0]).map_err(other)?.0,
+            Manner::Group(group) => {
+                child
+                    .inject(at, SYS_SETPGID, [0, group.0 as u64, 0, 0, 0, 0])
+                    .map_err(other)?
+                    .0
+            }
         };
         let all = [0, u64::from(u32::MAX), 0, 0, 0, 0];
         let child = child.inject(at, SYS_CLOSE_RANGE, all).map_err(other)?.0;
@@ -198,8 +255,15 @@ impl Entries {
         comm: &[u8],
     ) -> io::Result<()> {
         self.nest.register_surrogate(pid)?;
-        let program = self.nest.surrogate_program()?;
-        self.installer.expect(pid, vec![Wanted { fd: program, number: 3, close_on_exec: true }]);
+        let program = self.nest.surrogate_program().try_clone_to_owned()?;
+        self.installer.expect(
+            pid,
+            vec![Wanted {
+                fd: program,
+                number: 3,
+                close_on_exec: true,
+            }],
+        );
         let injected = thread.inject(at, TRIGGER_CALL, self.installer.trigger());
         self.installer.outcome(pid)?;
         let (thread, _) = injected.map_err(other)?;
@@ -208,7 +272,10 @@ impl Entries {
         words[..8].copy_from_slice(&(place + 32).to_le_bytes());
         let name = &comm[..comm.len().min(15)];
         words[32..32 + name.len()].copy_from_slice(name);
-        OpenOptions::new().write(true).open(memory.path("mem"))?.write_all_at(&words, place)?;
+        OpenOptions::new()
+            .write(true)
+            .open(memory.path("mem"))?
+            .write_all_at(&words, place)?;
         let arguments = [3, place + 16, place, 0, AT_EMPTY_PATH, 0];
         let (thread, executed) = thread.inject_exec(at, SYS_EXECVEAT, arguments).map_err(other)?;
         executed?;
@@ -216,8 +283,9 @@ impl Entries {
         thread.detach(0).map_err(other)
     }
 
-    /// Makes the surrogates of the children that a process left behind, under its blank.
-    pub fn children(&self, thread: Stopped, maker: i32, children: &[Child]) -> io::Result<()> {
+    /// Makes the surrogates of the children that a process left behind, under its blank, which this OS thread traces and
+    /// has stopped. `place` is memory of it that may be overwritten.
+    pub fn children(&self, maker: i32, place: u64, children: &[Child]) -> io::Result<()> {
         for child in children {
             if self.nest.host_pid(child.pid)?.is_some() || self.hidden.kind(child.pid) == Some(HiddenKind::Keeper) {
                 continue;
@@ -230,7 +298,13 @@ impl Entries {
             } else {
                 Manner::AsMaker
             };
-            self.child_of(Stopped::assume(thread.tid()), maker, child.pid, manner, &child.comm)?;
+            self.child_of(
+                Stopped::assume(maker),
+                (maker, Some(place)),
+                child.pid,
+                manner,
+                &child.comm,
+            )?;
             if let Some(status) = child.ended {
                 self.end(child.pid, crate::processes::exits::decode(status))?;
             }
@@ -240,11 +314,20 @@ impl Entries {
 
     /// Ends a surrogate as the process it stands for has ended, so that its parent's wait(2) says so.
     pub fn end(&self, pid: Pid, status: ExitStatus) -> io::Result<()> {
-        let Some(host) = self.nest.host_pid(pid)? else { return Ok(()) };
+        let Some(host) = self.nest.host_pid(pid)? else {
+            return Ok(());
+        };
         if self.hidden.kind(pid).is_none() {
             return Err(io::Error::other(format!("process {pid} is not a surrogate")));
         }
-        let running = Running::seize(host, Options { suspend_seccomp: true, ..Options::default() }).map_err(other)?;
+        let running = Running::seize(
+            host,
+            Options {
+                suspend_seccomp: true,
+                ..Options::default()
+            },
+        )
+        .map_err(other)?;
         let (thread, _) = running.stop(Instant::now() + PATIENCE).map_err(other)?;
         let at = syscall_instruction(&ProcDir::process(host)).map_err(other)?;
         let code = match status {
@@ -286,12 +369,18 @@ pub enum Manner {
 fn die_by(thread: Stopped, host: i32, at: u64, signal: i32) -> io::Result<()> {
     let _ = dunlin_sys::inspect::set_limit(host, 4, (0, 0));
     let place = (thread.registers().map_err(other)?.rsp - 2048) & !15;
-    OpenOptions::new().write(true).open(ProcDir::process(host).path("mem"))?.write_all_at(&[0; 64], place)?;
-    let (thread, _) =
-        thread.inject(at, SYS_RT_SIGACTION, [signal as u64, place, 0, 8, 0, 0]).map_err(other)?;
+    OpenOptions::new()
+        .write(true)
+        .open(ProcDir::process(host).path("mem"))?
+        .write_all_at(&[0; 64], place)?;
+    let (thread, _) = thread
+        .inject(at, SYS_RT_SIGACTION, [signal as u64, place, 0, 8, 0, 0])
+        .map_err(other)?;
     let process = rustix::process::Pid::from_raw(host).ok_or(io::ErrorKind::InvalidInput)?;
     let signal = rustix::process::Signal::from_named_raw(signal).unwrap_or(rustix::process::Signal::KILL);
-    thread.set_signal_mask(!(1u64 << (signal.as_raw() - 1))).map_err(other)?;
+    thread
+        .set_signal_mask(!(1u64 << (signal.as_raw() - 1)))
+        .map_err(other)?;
     rustix::process::kill_process(process, signal)?;
     thread.detach(0).map_err(other)
 }

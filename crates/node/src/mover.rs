@@ -16,6 +16,7 @@ mod progress;
 
 pub use outgoing::{MoveOutcome, Reporter};
 
+use crate::capture::freeze::Frozen;
 use crate::config::NodeConfig;
 use crate::entries::Entries;
 use crate::install::{Installer, Verdict};
@@ -24,16 +25,18 @@ use crate::page_server::ImageStore;
 use crate::pager::Pager;
 use crate::peers::Peers;
 use crate::processes::exits::Exits;
-use crate::processes::registry::{Hidden, Residents};
+use crate::processes::{Hidden, HiddenKind, Residents};
 use arrivals::Arrivals;
 use dunlin_cluster::relocation::destination::DestinationEvent;
 use dunlin_cluster::relocation::home::{Home, HomeEvent};
 use dunlin_cluster::relocation::outbox::Outbox;
 use dunlin_cluster::relocation::source::SourceEvent;
 use dunlin_cluster::relocation::{Now, stray};
+use dunlin_proto::control::ExitStatus;
 use dunlin_proto::frame;
 use dunlin_proto::ids::{Modulus, MoveId, Pid, RunId, Slot};
 use dunlin_proto::relocation::{MoveMsg, Notice, SourceToDestination};
+use dunlin_sys::procfs::ProcDir;
 use links::Links;
 use std::collections::BTreeMap;
 use std::io;
@@ -124,7 +127,15 @@ const TICK: Duration = Duration::from_millis(100);
 impl Mover {
     /// A mover, with its thread that repeats what was not answered.
     pub fn start(parts: Parts) -> io::Result<Arc<Mover>> {
-        let Parts { config, nest, peers, hidden, residents, exits, streams } = parts;
+        let Parts {
+            config,
+            nest,
+            peers,
+            hidden,
+            residents,
+            exits,
+            streams,
+        } = parts;
         let here = Slot(config.slot);
         let modulus = Modulus(config.modulus);
         let installer = Arc::new(Installer::new(nest.cookie(), modulus, here));
@@ -213,9 +224,7 @@ impl Mover {
                 return self.decide(HomeEvent::FromDestination(from, *id, word.clone()));
             }
             MoveMsg::HomeToHome(id, word) => return self.decide(HomeEvent::FromHome(from, *id, word.clone())),
-            MoveMsg::HomeToSource(id, word) => {
-                self.to_source(*id, SourceEvent::FromHome(from, word.clone()))
-            }
+            MoveMsg::HomeToSource(id, word) => self.to_source(*id, SourceEvent::FromHome(from, word.clone())),
             MoveMsg::DestinationToSource(id, word) => {
                 self.to_source(*id, SourceEvent::FromDestination(from, word.clone()))
             }
@@ -232,7 +241,13 @@ impl Mover {
                 }
                 known
             }
-            MoveMsg::Notice(notice @ Notice::Ended { pid, incarnation, ending }) => {
+            MoveMsg::Notice(
+                notice @ Notice::Ended {
+                    pid,
+                    incarnation,
+                    ending,
+                },
+            ) => {
                 self.decide(HomeEvent::Ended(from, *pid, *incarnation, *ending));
                 return self.send(from, MoveMsg::Noted(*notice));
             }
@@ -268,6 +283,79 @@ impl Mover {
     /// Monotonic time since the mover was made, as the machines want it.
     fn now(&self) -> Now {
         self.started.elapsed()
+    }
+
+    /// The cluster's modulus.
+    pub fn modulus(&self) -> Modulus {
+        Modulus(self.config.modulus)
+    }
+
+    /// Clears away a process that runs elsewhere now: its memory stays with a keeper (whose host number comes back), and
+    /// of the process a surrogate where somebody here still needs its number.
+    fn leave_behind(&self, frozen: Frozen) -> io::Result<i32> {
+        let (pid, host) = (frozen.source.pid, frozen.source.host);
+        let comm = ProcDir::process(host).bytes("comm")?;
+        let left = frozen.into_image().map_err(io::Error::other)?;
+        self.hidden.insert(left.keeper, HiddenKind::Keeper);
+        let keeper = self.nest.host_pid(left.keeper)?.ok_or(io::ErrorKind::NotFound)?;
+        let kind = if self.modulus().home(pid) == Some(self.here) {
+            Some(HiddenKind::Departed)
+        } else {
+            self.has_relatives_here(host, left.keeper)
+                .then_some(HiddenKind::Relative)
+        };
+        match kind {
+            Some(kind) => {
+                self.hidden.insert(pid, kind);
+                self.entries.stay(left, pid, host, comm.trim_ascii_end())?;
+            }
+            None => left.exit().map_err(io::Error::other)?,
+        }
+        Ok(keeper)
+    }
+
+    /// Whether the process has its parent or children here, as programs and not as surrogates.
+    fn has_relatives_here(&self, host: i32, keeper: Pid) -> bool {
+        let pid_of = |status: &dunlin_sys::procfs::status::Status| status.ns_pids.last().copied().map_or(Pid(0), Pid);
+        let parent = ProcDir::process(host)
+            .status()
+            .and_then(|s| ProcDir::process(s.ppid).status());
+        let has_parent =
+            parent.is_ok_and(|p| p.ns_pids.len() > 1 && pid_of(&p).0 > 1 && self.hidden.kind(pid_of(&p)).is_none());
+        let text = ProcDir::process(host)
+            .text(&format!("task/{host}/children"))
+            .unwrap_or_default();
+        let mut children = text.split_ascii_whitespace().filter_map(|n| n.parse::<i32>().ok());
+        has_parent
+            || children.any(|child| {
+                ProcDir::process(child)
+                    .status()
+                    .is_ok_and(|s| pid_of(&s) != keeper && self.hidden.kind(pid_of(&s)).is_none())
+            })
+    }
+
+    /// Ends the surrogates of relatives that no process here needs any more.
+    fn release_relatives(&self, relatives: &[Pid]) {
+        for relative in relatives.iter().filter(|pid| !self.arrivals.needs(**pid)) {
+            self.entries.discard(*relative);
+        }
+    }
+
+    /// A process that came by a move has ended, or has not been there to be watched.
+    pub fn vanished(&self, pid: Pid) {
+        let status = self.exits.ended(pid).map_or(ExitStatus::Unknown, |ended| ended.status);
+        self.ended(pid, status);
+    }
+
+    /// A process has ended here: if it came by a move, its homes are told and what was kept for it goes.
+    pub fn ended(&self, pid: Pid, status: ExitStatus) {
+        let resident = self.residents.remove(pid);
+        let arrival = self.arrivals.remove(pid);
+        let (Some(resident), Some(arrival)) = (resident, arrival) else {
+            return;
+        };
+        self.release_relatives(&arrival.relatives);
+        self.ended_here(pid, &arrival.ids, resident.incarnation, status);
     }
 
     fn arc(&self) -> Arc<Mover> {

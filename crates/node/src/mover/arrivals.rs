@@ -50,6 +50,8 @@ impl Arrivals {
 
     /// Is this PID a relative of a process that lives here?
     pub fn needs(&self, relative: Pid) -> bool {
-        lock(&self.0).values().any(|arrival| arrival.relatives.contains(&relative))
+        lock(&self.0)
+            .values()
+            .any(|arrival| arrival.relatives.contains(&relative))
     }
 }

@@ -59,11 +59,14 @@ impl Mover {
     pub(super) fn run_decisions(&self) {
         loop {
             // The lock is not held while an action is carried out: it may come back to the home.
-            let Some(action) = lock(&self.home).poll_action() else { return };
+            let Some(action) = lock(&self.home).poll_action() else {
+                return;
+            };
             match action {
                 HomeAction::Send { to, msg } => self.send(to, msg),
                 HomeAction::Persist(durables) => self.persist_ledger(&durables),
                 HomeAction::Reserve(pids) => self.log("reserving PIDs", self.nest.reserve(&pids)),
+                HomeAction::ReserveOnly(pids) => self.log("reserving PIDs", self.nest.reserve(&pids)),
                 HomeAction::Release(pids) => self.log("releasing PIDs", self.nest.release(&pids)),
                 HomeAction::EndSurrogate(pid, ending) => self.end_departed(pid, status_of(ending)),
                 HomeAction::TableFull(change) => {
@@ -75,15 +78,23 @@ impl Mover {
 
     pub(super) fn run_outbox(&self) {
         loop {
-            let Some(action) = lock(&self.outbox).poll_action() else { return };
+            let Some(action) = lock(&self.outbox).poll_action() else {
+                return;
+            };
             match action {
                 OutboxAction::Send { to, msg } => self.send(to, msg),
                 OutboxAction::Persist(to, notice) => {
                     let blob = postcard::to_stdvec(&(to, notice)).unwrap_or_default();
-                    self.log("keeping a notice", self.nest.store(&notice_label(to, &notice), &[], blob));
+                    self.log(
+                        "keeping a notice",
+                        self.nest.store(&notice_label(to, &notice), &[], blob),
+                    );
                 }
                 OutboxAction::Forget(to, notice) => {
-                    self.log("dropping a notice", self.nest.drop_label(&notice_label(to, &notice)).map(|_| ()));
+                    self.log(
+                        "dropping a notice",
+                        self.nest.drop_label(&notice_label(to, &notice)).map(|_| ()),
+                    );
                 }
             }
         }
@@ -101,7 +112,14 @@ impl Mover {
     pub fn ended_here(&self, pid: Pid, ids: &[Pid], incarnation: Incarnation, status: ExitStatus) {
         let nodes = lock(&self.home).table().to_be_told_of_end(pid, ids);
         for to in nodes {
-            self.post(to, Notice::Ended { pid, incarnation, ending: Ending::Exited(status) });
+            self.post(
+                to,
+                Notice::Ended {
+                    pid,
+                    incarnation,
+                    ending: Ending::Exited(status),
+                },
+            );
         }
     }
 
@@ -125,7 +143,8 @@ impl Mover {
     fn processes_user(&self, pid: Pid) -> u32 {
         use dunlin_sys::procfs::ProcDir;
         let host = self.nest.host_pid(pid).ok().flatten();
-        host.and_then(|host| ProcDir::process(host).status().ok()).map_or(0, |status| status.uids[0])
+        host.and_then(|host| ProcDir::process(host).status().ok())
+            .map_or(0, |status| status.uids[0])
     }
 
     fn persist_ledger(&self, durables: &[Durable]) {

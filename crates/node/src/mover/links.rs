@@ -24,7 +24,10 @@ pub struct Links {
 impl Links {
     /// No connection yet.
     pub fn new(peers: Arc<Peers>) -> Links {
-        Links { peers, links: Mutex::default() }
+        Links {
+            peers,
+            links: Mutex::default(),
+        }
     }
 
     /// Sends a word to another node, or loses it. Tells whether it was handed to the kernel.
@@ -67,6 +70,11 @@ impl Links {
     }
 
     fn link(&self, to: Slot) -> Link {
-        self.links.lock().unwrap_or_else(PoisonError::into_inner).entry(to).or_default().clone()
+        self.links
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .entry(to)
+            .or_default()
+            .clone()
     }
 }

@@ -11,9 +11,9 @@ use crate::capture::{CaptureError, Met, Source, Surroundings};
 use crate::obstacle::obstacle;
 use crate::page_server::NewImage;
 use crate::pager::{NewSpace, Withdrawn};
-use dunlin_cluster::relocation::source::{Plan, SourceAction, SourceEvent, SourceMove, SourceReport};
-use dunlin_cluster::relocation::home::HomeEvent;
 use dunlin_cluster::relocation::Limits;
+use dunlin_cluster::relocation::home::HomeEvent;
+use dunlin_cluster::relocation::source::{Plan, SourceAction, SourceEvent, SourceMove, SourceReport};
 use dunlin_proto::control::{
     Failure, FailureKind, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, WaitFor,
 };
@@ -23,8 +23,8 @@ use dunlin_proto::peer::{PeerReply, PeerRequest};
 use dunlin_proto::relocation::{Claim, Member};
 use dunlin_sys::procfs::ProcDir;
 use std::collections::BTreeMap;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 /// What a move came to.
@@ -68,27 +68,37 @@ impl Mover {
     pub fn examine_here(&self, pid: Pid, to: Option<Slot>) -> std::io::Result<Result<Vec<Obstacle>, Failure>> {
         let mover = self.arc();
         // On a thread of its own: ptrace is bound to threads.
-        let thread = std::thread::Builder::new().name(format!("examine-{pid}")).spawn(move || {
-            let mut met = Vec::new();
-            let party = mover.party(pid, false)?;
-            let prepared = mover.prepare_sources(&party, &mut met);
-            match prepared {
-                Ok(sources) => {
-                    let obstacles = to.map_or(Ok(Vec::new()), |to| mover.examine_there(&sources, to));
-                    sources.into_iter().for_each(Source::abandon);
-                    obstacles
+        let thread = std::thread::Builder::new()
+            .name(format!("examine-{pid}"))
+            .spawn(move || {
+                let mut met = Vec::new();
+                let party = mover.party(pid, false)?;
+                let prepared = mover.prepare_sources(&party, &mut met);
+                match prepared {
+                    Ok(sources) => {
+                        let obstacles = to.map_or(Ok(Vec::new()), |to| mover.examine_there(&sources, to));
+                        sources.into_iter().for_each(Source::abandon);
+                        obstacles
+                    }
+                    Err(MoveOutcome::Refused(obstacles)) => Ok(obstacles),
+                    Err(MoveOutcome::Failed(failure)) => Err(failure),
+                    Err(MoveOutcome::Moved(_)) => Ok(Vec::new()),
                 }
-                Err(MoveOutcome::Refused(obstacles)) => Ok(obstacles),
-                Err(MoveOutcome::Failed(failure)) => Err(failure),
-                Err(MoveOutcome::Moved(_)) => Ok(Vec::new()),
-            }
-        })?;
-        thread.join().map_err(|_| std::io::Error::other("the examination did not end well"))
+            })?;
+        thread
+            .join()
+            .map_err(|_| std::io::Error::other("the examination did not end well"))
     }
 
     /// The processes that a move covers, with their numbers on this machine, parents first.
     fn party(&self, pid: Pid, tree: bool) -> Result<Vec<(Pid, i32)>, Failure> {
-        let nobody = || failure(FailureKind::NoProcess, format!("process {pid} is not on this node"), None);
+        let nobody = || {
+            failure(
+                FailureKind::NoProcess,
+                format!("process {pid} is not on this node"),
+                None,
+            )
+        };
         if self.hidden.kind(pid).is_some() {
             return Err(nobody());
         }
@@ -97,7 +107,9 @@ impl Mover {
         let mut next = 0;
         while tree && next < party.len() {
             let children = children_of(party[next].1);
-            let news = children.into_iter().filter(|(child, _)| self.hidden.kind(*child).is_none());
+            let news = children
+                .into_iter()
+                .filter(|(child, _)| self.hidden.kind(*child).is_none());
             party.extend(news.collect::<Vec<_>>());
             next += 1;
         }
@@ -151,9 +163,10 @@ impl Mover {
         party: &[(Pid, i32)],
     ) -> Surroundings<'a> {
         let moving: Vec<i32> = party.iter().map(|(_, host)| *host).collect();
-        let staying = self.neighbours().into_iter().filter(|(host, pid)| {
-            !moving.contains(host) && pid.0 > 1 && self.hidden.kind(*pid).is_none()
-        });
+        let staying = self
+            .neighbours()
+            .into_iter()
+            .filter(|(host, pid)| !moving.contains(host) && pid.0 > 1 && self.hidden.kind(*pid).is_none());
         Surroundings::new(identify, moving.clone(), staying.collect())
     }
 
@@ -174,7 +187,10 @@ impl Mover {
         let dir = ProcDir::process(host);
         let status = dir.status()?;
         let last = |numbers: &[i32]| numbers.last().copied().map_or(Pid(0), Pid);
-        let parent = ProcDir::process(status.ppid).status().map(|s| last(&s.ns_pids)).unwrap_or(Pid(1));
+        let parent = ProcDir::process(status.ppid)
+            .status()
+            .map(|s| last(&s.ns_pids))
+            .unwrap_or(Pid(1));
         let resident = self.residents.get(pid);
         let command = match &resident {
             Some(resident) => resident.command.clone(),
@@ -197,12 +213,26 @@ impl Mover {
 
     /// Asks the destination whether everything that the plans name is there.
     fn examine_there(&self, sources: &[Source], to: Slot) -> Result<Vec<Obstacle>, Failure> {
-        let plans: Vec<ProcessPlan> =
-            sources.iter().map(|s| ProcessPlan { file_pages: Vec::new(), ..s.plan.clone() }).collect();
-        match self.peers.call(to, &PeerRequest::Examine { plans: payload::encode(&plans) }) {
+        let plans: Vec<ProcessPlan> = sources
+            .iter()
+            .map(|s| ProcessPlan {
+                file_pages: Vec::new(),
+                ..s.plan.clone()
+            })
+            .collect();
+        match self.peers.call(
+            to,
+            &PeerRequest::Examine {
+                plans: payload::encode(&plans),
+            },
+        ) {
             Ok(PeerReply::Obstacles(obstacles)) => Ok(obstacles),
             Ok(PeerReply::Failed(failure)) => Err(failure),
-            Ok(_) => Err(failure(FailureKind::Other, "the destination gave an answer to another question".into(), None)),
+            Ok(_) => Err(failure(
+                FailureKind::Other,
+                "the destination gave an answer to another question".into(),
+                None,
+            )),
             Err(error) => Err(failure(FailureKind::Unreachable, error.to_string(), None)),
         }
     }
@@ -225,7 +255,11 @@ fn children_of(host: i32) -> Vec<(Pid, i32)> {
 }
 
 fn failure(kind: FailureKind, message: String, hint: Option<&str>) -> Failure {
-    Failure { kind, message, hint: hint.map(str::to_owned) }
+    Failure {
+        kind,
+        message,
+        hint: hint.map(str::to_owned),
+    }
 }
 
 /// A move under way.
@@ -252,19 +286,34 @@ impl<'a> Outgoing<'a> {
         let times = Times::start();
         let pid = request.pid;
         let to = mover.config.slot_of(&request.to).ok_or_else(|| {
-            MoveOutcome::Failed(failure(FailureKind::NoNode, format!("there is no node {}", request.to), None))
+            MoveOutcome::Failed(failure(
+                FailureKind::NoNode,
+                format!("there is no node {}", request.to),
+                None,
+            ))
         })?;
         let home = mover.modulus().home(pid).ok_or_else(|| {
-            MoveOutcome::Failed(failure(FailureKind::Invalid, format!("process {pid} belongs to its node"), None))
+            MoveOutcome::Failed(failure(
+                FailureKind::Invalid,
+                format!("process {pid} belongs to its node"),
+                None,
+            ))
         })?;
         if to == mover.here {
             let message = format!("process {pid} is on {} already", request.to);
             return Err(MoveOutcome::Failed(failure(FailureKind::Invalid, message, None)));
         }
         let party = mover.party(pid, request.tree).map_err(MoveOutcome::Failed)?;
-        let id = MoveId { source: mover.here, nonce: random() };
+        let id = MoveId {
+            source: mover.here,
+            nonce: random(),
+        };
         mover.reserve_party(&party, id)?;
-        let plan = Plan { move_id: id, home, destination: to };
+        let plan = Plan {
+            move_id: id,
+            home,
+            destination: to,
+        };
         let mut this = Outgoing {
             mover: mover.clone(),
             request,
@@ -306,7 +355,10 @@ impl<'a> Outgoing<'a> {
         }
         let claims = {
             let home = lock(&self.mover.home);
-            let claim = |pid: &Pid| Claim { pid: *pid, incarnation: home.table().incarnation(*pid) };
+            let claim = |pid: &Pid| Claim {
+                pid: *pid,
+                incarnation: home.table().incarnation(*pid),
+            };
             self.party.iter().map(|(pid, _)| claim(pid)).collect::<Vec<_>>()
         };
         let proposal = payload::encode(&Proposal {
@@ -345,7 +397,11 @@ impl<'a> Outgoing<'a> {
             std::hint::spin_loop();
         }
         let draining = self.times.resumed.is_some() && !self.told;
-        let longest = if draining { Duration::from_millis(100) } else { Duration::from_secs(1) };
+        let longest = if draining {
+            Duration::from_millis(100)
+        } else {
+            Duration::from_secs(1)
+        };
         let left = until.map_or(longest, |at| at.saturating_sub(self.mover.now()).min(longest));
         loop {
             match words.recv_timeout(left) {
@@ -367,10 +423,14 @@ impl<'a> Outgoing<'a> {
             SourceAction::ReadyToFreeze(_) => self.events.push(SourceEvent::Freeze),
             SourceAction::Persist(record) => {
                 let blob = postcard::to_stdvec(&record).unwrap_or_default();
-                self.mover.log("keeping a record", self.mover.nest.store(&self.label(), &[], blob));
+                self.mover
+                    .log("keeping a record", self.mover.nest.store(&self.label(), &[], blob));
             }
             SourceAction::Forget => {
-                self.mover.log("dropping a record", self.mover.nest.drop_label(&self.label()).map(|_| ()));
+                self.mover.log(
+                    "dropping a record",
+                    self.mover.nest.drop_label(&self.label()).map(|_| ()),
+                );
             }
             SourceAction::Freeze => {
                 self.progress(MovePhase::Freeze);
@@ -397,7 +457,10 @@ impl<'a> Outgoing<'a> {
         match report {
             SourceReport::Failed(why) => {
                 self.sources.drain(..).for_each(Source::abandon);
-                let message = format!("process {} was not moved: {why}; it runs on {}", self.request.pid, self.mover.config.name);
+                let message = format!(
+                    "process {} was not moved: {why}; it runs on {}",
+                    self.request.pid, self.mover.config.name
+                );
                 self.finish(MoveOutcome::Failed(failure(FailureKind::MoveFailed, message, None)));
             }
             SourceReport::Committed => self.progress(MovePhase::Commit),
@@ -420,7 +483,14 @@ impl<'a> Outgoing<'a> {
     fn finish_moved(&mut self) {
         let reports = self.party.iter().map(|(pid, _)| {
             let drain = self.mover.drain_of(*pid, self.plan.destination);
-            self.mover.report(*pid, self.plan.destination, self.request.mode, &self.times, drain.as_ref(), None)
+            self.mover.report(
+                *pid,
+                self.plan.destination,
+                self.request.mode,
+                &self.times,
+                drain.as_ref(),
+                None,
+            )
         });
         let reports = reports.collect();
         self.finish(MoveOutcome::Moved(reports));
@@ -454,11 +524,20 @@ impl<'a> Outgoing<'a> {
 
     fn prepare_payload(&mut self) -> Vec<u8> {
         let processes = self.sources.iter().map(|source| {
-            let image = ImageId { holder: self.mover.here, nonce: random() };
+            let image = ImageId {
+                holder: self.mover.here,
+                nonce: random(),
+            };
             self.images.insert(source.pid, image);
-            Prepared { plan: source.plan.clone(), image, clock_offsets_ns: source.clock_offsets() }
+            Prepared {
+                plan: source.plan.clone(),
+                image,
+                clock_offsets_ns: source.clock_offsets(),
+            }
         });
-        payload::encode(&Prepare { processes: processes.collect() })
+        payload::encode(&Prepare {
+            processes: processes.collect(),
+        })
     }
 
     fn freeze(&mut self) -> Result<(Vec<Member>, Vec<u8>), CaptureError> {
@@ -477,8 +556,9 @@ impl<'a> Outgoing<'a> {
         }
         self.tight = true;
         let stopped = Instant::now();
-        let identify = |fd: std::os::fd::BorrowedFd<'_>| self.mover.streams.identify(fd);
-        let around = self.mover.surroundings(&identify, &self.party);
+        let mover = self.mover.clone();
+        let identify = |fd: std::os::fd::BorrowedFd<'_>| mover.streams.identify(fd);
+        let around = mover.surroundings(&identify, &self.party);
         let mut processes = Vec::new();
         let mut members = Vec::new();
         let mut frozen_all = std::mem::take(&mut self.frozen);
@@ -525,7 +605,7 @@ impl<'a> Outgoing<'a> {
         let moving: Vec<Pid> = self.party.iter().map(|(pid, _)| *pid).collect();
         essence.lineage.children.retain(|child| {
             !moving.contains(&child.pid)
-                && self.mover.hidden.kind(child.pid) != Some(crate::processes::registry::HiddenKind::Keeper)
+                && self.mover.hidden.kind(child.pid) != Some(crate::processes::HiddenKind::Keeper)
         });
         let arrival = self.mover.arrivals.get(pid);
         let mut map = None;
@@ -533,7 +613,7 @@ impl<'a> Outgoing<'a> {
         if let Some(arrival) = &arrival
             && let Ok(withdrawn) = arrival.space.withdraw()
         {
-            map = Some(withdrawn.map.to_wire());
+            map = Some(withdrawn.map.to_image());
             images = arrival.images.iter().map(|(image, by)| (*image, *by)).collect();
             self.withdrawn.insert(pid, withdrawn);
         }
@@ -550,7 +630,11 @@ impl<'a> Outgoing<'a> {
         }
         let mut ids = frozen.tids();
         ids.retain(|tid| *tid != pid);
-        ids.extend([essence.lineage.pgid, essence.lineage.sid].into_iter().filter(|id| *id != pid && id.0 > 100));
+        ids.extend(
+            [essence.lineage.pgid, essence.lineage.sid]
+                .into_iter()
+                .filter(|id| *id != pid && id.0 > 100),
+        );
         ids.sort_unstable();
         ids.dedup();
         let left_by = images.iter().map(|(_, by)| *by).collect();
@@ -622,7 +706,12 @@ impl<'a> Outgoing<'a> {
 
 /// What of a process's memory is served on demand: first addresses and numbers of pages.
 fn regions(plan: &ProcessPlan) -> Vec<(u64, u64)> {
-    let anonymous = plan.image.space.mappings.iter().filter(|m| m.kind == MappingKind::Anonymous);
+    let anonymous = plan
+        .image
+        .space
+        .mappings
+        .iter()
+        .filter(|m| m.kind == MappingKind::Anonymous);
     anonymous.map(|m| (m.start, (m.end - m.start) / 4096)).collect()
 }
 
@@ -642,7 +731,12 @@ impl Mover {
 
     /// Serves a space again whose move was given up.
     fn adopt_again(&self, pid: Pid, withdrawn: Withdrawn) {
-        let Withdrawn { pid: host, uffd, map, claims } = withdrawn;
+        let Withdrawn {
+            pid: host,
+            uffd,
+            map,
+            claims,
+        } = withdrawn;
         let space = NewSpace {
             pid: host,
             uffd,

@@ -4,6 +4,7 @@
 
 use dunlin_proto::ids::{ImageId, MoveId, Pid};
 use dunlin_proto::image::{Essence, Plan};
+use dunlin_proto::pages::MapImage;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// For the destination to prepare from: one per process, parents first.
@@ -36,8 +37,8 @@ pub struct Frozen {
 pub struct FrozenProcess {
     /// What it is now.
     pub essence: Essence,
-    /// Where its pages are, if some were still elsewhere: the portable form of a page map.
-    pub map: Option<Vec<u8>>,
+    /// Where its pages are, if some were still elsewhere.
+    pub map: Option<MapImage>,
     /// Which move left each image that the map names.
     pub images: Vec<(ImageId, MoveId)>,
 }

@@ -26,7 +26,13 @@ pub struct Times {
 impl Times {
     /// A move is asked for.
     pub fn start() -> Times {
-        Times { asked: Instant::now(), frozen: None, resumed: None, drained: None, essence_bytes: 0 }
+        Times {
+            asked: Instant::now(),
+            frozen: None,
+            resumed: None,
+            drained: None,
+            essence_bytes: 0,
+        }
     }
 }
 
@@ -81,7 +87,11 @@ impl Mover {
             drained_ms: times.drained.map(|at| millis(Some(times.asked), Some(at))),
             pages_faulted: faulted,
             pages_pushed: pushed,
-            faults_avoided_ratio: if all == 0 { 1.0 } else { 1.0 - faulted as f64 / all as f64 },
+            faults_avoided_ratio: if all == 0 {
+                1.0
+            } else {
+                1.0 - faulted as f64 / all as f64
+            },
             fault_us: drain.map_or(Quantiles::default(), |d| d.fault_us),
             verified_pages,
         }
@@ -90,5 +100,11 @@ impl Mover {
 
 /// Progress of a phase that has no pages.
 pub fn phase(pid: Pid, phase: MovePhase) -> MoveProgress {
-    MoveProgress { pid, phase, pages_left: 0, pages_total: 0, bytes_per_second: 0 }
+    MoveProgress {
+        pid,
+        phase,
+        pages_left: 0,
+        pages_total: 0,
+        bytes_per_second: 0,
+    }
 }
