@@ -19,6 +19,7 @@ use dunlin_proto::ids::{ImageId, MoveId, Pid, RunId, Slot};
 use dunlin_proto::image::{DescriptionKind, Plan};
 use dunlin_proto::peer::{PeerReply, PeerRequest};
 use dunlin_proto::relocation::Member;
+use dunlin_sys::ptrace::Options;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -283,6 +284,11 @@ impl Incoming {
             nest_filters: NEST_FILTERS,
             steer: &steer,
             open_stream: &open_stream,
+            options: Options {
+                follow: true,
+                suspend_seccomp: true,
+                ..Options::default()
+            },
             common: std::mem::take(&mut self.common),
         };
         let done = work(self, &mut kit);

@@ -599,7 +599,7 @@ impl<'a> Outgoing<'a> {
     ) -> Result<(Member, FrozenProcess), CaptureError> {
         let pid = frozen.source.pid;
         for (run, stream) in frozen.source.streams() {
-            self.mover.streams.settle(run, stream)?;
+            self.mover.streams.settle(run, stream, pid)?;
         }
         let mut essence = frozen.essence(around, &mut self.met)?;
         let moving: Vec<Pid> = self.party.iter().map(|(pid, _)| *pid).collect();
