@@ -16,11 +16,11 @@ Exit codes:
   3        no such process, or no such node or lab
   4        refused: obstacles are in the way (each is printed with a hint); the process runs on
   5        a daemon that is needed does not answer
-  run, wait and lab exec end as the program does: with its exit code, or killed by its signal (128+N
-  in a shell); 125 if dunlin itself failed, 126 if the program cannot be executed, 127 if there is none.
+  N        run, wait and lab exec: as the program ended, by its exit code or (128+N in a shell) its
+           signal; 125 if dunlin failed, 126 if the program cannot be executed, 127 if there is none
 
 Data goes to standard output, messages to standard error. --json is for scripts.
-Environment: DUNLIN_LAB, DUNLIN_NODE, DUNLIN_SOCKET (as --lab, --node, --socket), NO_COLOR, DUNLIN_LOG (of roles).";
+Environment: DUNLIN_LAB, DUNLIN_NODE, DUNLIN_SOCKET (as --lab, --node, --socket); NO_COLOR.";
 
 /// It failed; what is true afterwards is in the message.
 pub const FAILED: u8 = 1;

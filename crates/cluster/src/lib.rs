@@ -7,4 +7,5 @@
 
 pub mod allotment;
 pub mod page_map;
+pub mod relocation;
 pub mod table;

@@ -141,6 +141,25 @@ impl PageMap {
         Ok(())
     }
 
+    /// Makes regions of whatever part of `start..end` is in none yet.
+    pub fn cover(&mut self, start: u64, end: u64) -> Result<(), MapError> {
+        let mut from = start;
+        let inside: Vec<(u64, u64)> = self
+            .regions()
+            .filter(|(s, pages)| *s < end && s + pages * PAGE > start)
+            .collect();
+        for (region, pages) in inside {
+            if region > from {
+                self.add_region(from, (region - from) / PAGE)?;
+            }
+            from = from.max(region + pages * PAGE);
+        }
+        if end > from {
+            self.add_region(from, (end - from) / PAGE)?;
+        }
+        Ok(())
+    }
+
     /// Every page of a range of a region that is not elsewhere yet is now at `image`, the first of the range at
     /// `source`.
     pub fn back_with(&mut self, start: u64, pages: u64, image: ImageId, source: u64) -> Result<(), MapError> {

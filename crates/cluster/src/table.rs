@@ -11,7 +11,7 @@
 //! given out again starts above every incarnation of its earlier life.
 
 use dunlin_proto::ids::{Incarnation, Modulus, MoveId, Pid, Slot};
-use dunlin_proto::relocation::EntryChange;
+use dunlin_proto::relocation::{EntryChange, Member};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -27,10 +27,16 @@ pub const MAX_FOREIGN_GRAVES: usize = 1024;
 pub struct Entry {
     /// How often it changed place, or nearly.
     pub incarnation: Incarnation,
+    /// The incarnation in which this life of the PID began, as far as is known here.
+    pub born: Incarnation,
     /// Where it is.
     pub place: Place,
     /// The ids of this slot it holds, its PID included.
     pub held: BTreeSet<Pid>,
+    /// They are reserved, since nothing here holds them: it is elsewhere, or was given to this node and has not been resumed.
+    pub reserved: bool,
+    /// Whoever keeps an entry for it: the homes of all ids it holds or ever took along.
+    pub homes: BTreeSet<Slot>,
     /// How many committed moves this entry has seen.
     pub moves: u32,
 }
@@ -113,7 +119,7 @@ pub struct Table {
     modulus: Modulus,
     entries: BTreeMap<Pid, Entry>,
     foreign: usize,
-    /// By how many processes elsewhere each id of ours is held; a process group may be by many.
+    /// By how many entries each id of ours is reserved; a process group may be by many.
     holders: BTreeMap<Pid, u32>,
     graves: BTreeMap<Pid, Incarnation>,
     /// The graves of other slots' processes, oldest first.
@@ -137,8 +143,8 @@ impl Table {
         }
     }
 
-    /// The table as it was made durable; in its reservations, everything that is reserved.
-    pub fn restore(modulus: Modulus, here: Slot, rows: impl IntoIterator<Item = Row>) -> (Table, Reservations) {
+    /// The table as it was made durable, and all that is reserved.
+    pub fn restore(modulus: Modulus, here: Slot, rows: impl IntoIterator<Item = Row>) -> (Table, Vec<Pid>) {
         let mut table = Table::new(modulus, here);
         for row in rows {
             match row {
@@ -148,10 +154,7 @@ impl Table {
             }
         }
         table.changed.clear();
-        let all = Reservations {
-            reserve: table.holders.keys().copied().collect(),
-            release: Vec::new(),
-        };
+        let all = table.holders.keys().copied().collect();
         (table, all)
     }
 
@@ -194,6 +197,31 @@ impl Table {
         }
     }
 
+    /// A process that runs here, as it is told to the others in a move: `ids` are those it holds now besides its PID.
+    pub fn member(&self, pid: Pid, ids: Vec<Pid>, images: Vec<MoveId>) -> Member {
+        let homes = self.homes(pid, &ids);
+        Member {
+            pid,
+            incarnation: self.incarnation(pid),
+            ids,
+            images,
+            homes,
+        }
+    }
+
+    /// Who must be told when a process that runs here ends: all homes, and this table itself.
+    pub fn to_be_told_of_end(&self, pid: Pid, ids: &[Pid]) -> BTreeSet<Slot> {
+        let mut nodes = self.homes(pid, ids);
+        nodes.insert(self.here);
+        nodes
+    }
+
+    fn homes(&self, pid: Pid, ids: &[Pid]) -> BTreeSet<Slot> {
+        let mut homes = self.entries.get(&pid).map(|e| e.homes.clone()).unwrap_or_default();
+        homes.extend(ids.iter().chain([&pid]).filter_map(|id| self.modulus.home(*id)));
+        homes
+    }
+
     /// A process was born here. Of use where its PID has an entry left by an earlier life whose end nobody saw:
     /// what that one held elsewhere is released.
     pub fn born(&mut self, pid: Pid) -> Reservations {
@@ -211,8 +239,11 @@ impl Table {
         let from = move_id.source;
         let mut entry = self.entries.get(&pid).cloned().unwrap_or_else(|| Entry {
             incarnation: self.incarnation(pid),
+            born: self.incarnation(pid),
             place: Place::At(from),
             held: [pid].into(),
+            reserved: false,
+            homes: [self.here].into(),
             moves: 0,
         });
         entry.place = Place::Moving { move_id, from, to };
@@ -244,9 +275,31 @@ impl Table {
         }
     }
 
-    /// Where a process is since a commit. Old news, and news of processes that do not concern this node, changes
-    /// nothing.
+    /// Is there room for so many more processes of other slots?
+    pub fn has_room(&self, strangers: usize) -> bool {
+        self.foreign.saturating_add(strangers) <= MAX_FOREIGN_ENTRIES
+    }
+
+    /// Where a process is since a commit; if here, it has been resumed. Old news, and news of processes that do not concern
+    /// this node, changes nothing.
     pub fn learn(&mut self, news: &EntryChange) -> Result<Reservations, TableError> {
+        match self.entries.get(&news.pid) {
+            // The home was this node and knew when it decided; now its ids are held here again.
+            Some(entry) if entry.reserved && entry.incarnation == news.incarnation && news.node == self.here => {
+                let mut entry = entry.clone();
+                entry.reserved = false;
+                Ok(self.put(news.pid, entry))
+            }
+            Some(_) | None => self.change(news, news.node != self.here),
+        }
+    }
+
+    /// As [`Table::learn`], for the decision itself: even if it goes here, nothing here holds its ids before the resume.
+    pub fn commit(&mut self, news: &EntryChange) -> Result<Reservations, TableError> {
+        self.change(news, true)
+    }
+
+    fn change(&mut self, news: &EntryChange, reserved: bool) -> Result<Reservations, TableError> {
         let old = self.entries.get(&news.pid);
         let stale = match old {
             Some(entry) => entry.incarnation >= news.incarnation,
@@ -268,20 +321,34 @@ impl Table {
         if old.is_none() && !is_ours(&news.pid) && self.foreign >= MAX_FOREIGN_ENTRIES {
             return Err(TableError::Full);
         }
+        let born = match old {
+            Some(entry) => entry.born,
+            None if is_ours(&news.pid) => self.incarnation(news.pid),
+            None => news.incarnation,
+        };
         let entry = Entry {
             incarnation: news.incarnation,
+            born,
             place: Place::At(news.node),
             held,
+            reserved,
+            homes: news.homes.clone(),
             moves: old.map_or(0, |e| e.moves) + 1,
         };
         Ok(self.put(news.pid, entry))
     }
 
+    /// Would [`Table::ended`] remove an entry? A process ends once, so it does not matter whether whoever saw it end knew its
+    /// latest incarnation (an abort raises it, too), but only whether it was this life.
+    pub fn is_alive_in(&self, pid: Pid, incarnation: Incarnation) -> bool {
+        self.entries.get(&pid).is_some_and(|entry| entry.born <= incarnation)
+    }
+
     /// It has ended in this incarnation. What it held of ours is released.
     pub fn ended(&mut self, pid: Pid, incarnation: Incarnation) -> Reservations {
         match self.entries.get(&pid) {
-            Some(entry) if entry.incarnation > incarnation => Reservations::default(),
-            Some(_) => self.bury(pid, incarnation),
+            Some(entry) if entry.born > incarnation => Reservations::default(),
+            Some(entry) => self.bury(pid, incarnation.max(entry.incarnation)),
             // The news of its last move may still be under way. One that never moved leaves no grave: forks are many.
             None if incarnation == Incarnation::default() => Reservations::default(),
             None if self.graves.get(&pid).is_some_and(|grave| *grave >= incarnation) => Reservations::default(),
@@ -291,7 +358,7 @@ impl Table {
 
     /// Sets an entry.
     fn put(&mut self, pid: Pid, entry: Entry) -> Reservations {
-        let before = self.held_elsewhere(pid);
+        let before = self.reserved_by(pid);
         let is_new = self.entries.insert(pid, entry).is_none();
         if is_new && self.is_foreign(pid) {
             self.foreign += 1;
@@ -302,7 +369,7 @@ impl Table {
 
     /// Removes the entry, if there is one, and remembers the incarnation.
     fn bury(&mut self, pid: Pid, incarnation: Incarnation) -> Reservations {
-        let before = self.held_elsewhere(pid);
+        let before = self.reserved_by(pid);
         let foreign = self.is_foreign(pid);
         if self.entries.remove(&pid).is_some() && foreign {
             self.foreign -= 1;
@@ -324,16 +391,16 @@ impl Table {
         self.modulus.home(pid) != Some(self.here)
     }
 
-    fn held_elsewhere(&self, pid: Pid) -> BTreeSet<Pid> {
+    fn reserved_by(&self, pid: Pid) -> BTreeSet<Pid> {
         match self.entries.get(&pid) {
-            Some(entry) if entry.place.node() != self.here => entry.held.clone(),
+            Some(entry) if entry.reserved => entry.held.clone(),
             Some(_) | None => BTreeSet::new(),
         }
     }
 
-    /// Brings the holders up to date after `pid` has changed from holding `before` elsewhere.
+    /// Brings the holders up to date after `pid` has changed from reserving `before`.
     fn account(&mut self, before: BTreeSet<Pid>, pid: Pid) -> Reservations {
-        let after = self.held_elsewhere(pid);
+        let after = self.reserved_by(pid);
         let mut changes = Reservations::default();
         for id in after.difference(&before) {
             let holders = self.holders.entry(*id).or_insert(0);

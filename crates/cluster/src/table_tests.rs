@@ -16,6 +16,7 @@ fn news(pid: Pid, incarnation: u64, node: u16, ids: &[i32]) -> EntryChange {
         incarnation: Incarnation(incarnation),
         node: Slot(node),
         ids: ids.iter().copied().map(Pid).collect(),
+        homes: BTreeSet::new(),
     }
 }
 
@@ -64,6 +65,21 @@ fn an_id_that_several_hold_is_released_by_the_last() {
 }
 
 #[test]
+fn what_comes_home_is_reserved_until_it_is_resumed() {
+    let mut t = table();
+    let _ = t.learn(&news(OURS, 1, 2, &[113])).unwrap();
+    // The home is the destination: the decision alone puts nothing into the nest.
+    assert_eq!(t.commit(&news(OURS, 2, 1, &[113])), Ok(changes(&[], &[])));
+    assert_eq!(t.whereabouts(OURS), Whereabouts::Known(Place::At(HERE)));
+    assert_eq!(t.learn(&news(OURS, 2, 1, &[113])), Ok(changes(&[], &[105, 113])));
+    assert_eq!(t.learn(&news(OURS, 2, 1, &[113])), Ok(changes(&[], &[])));
+    // And if it is lost before: released, too.
+    let _ = t.learn(&news(OURS, 3, 2, &[])).unwrap();
+    let _ = t.commit(&news(OURS, 4, 1, &[])).unwrap();
+    assert_eq!(t.ended(OURS, Incarnation(4)), changes(&[], &[105]));
+}
+
+#[test]
 fn old_news_changes_nothing() {
     let mut t = table();
     let _ = t.learn(&news(OURS, 5, 2, &[])).unwrap();
@@ -72,8 +88,20 @@ fn old_news_changes_nothing() {
         assert_eq!(t.learn(&news(OURS, old, 3, &[113])), Ok(changes(&[], &[])));
         assert_eq!(t.entry(OURS), before.as_ref());
     }
-    assert_eq!(t.ended(OURS, Incarnation(4)), changes(&[], &[]));
-    assert_eq!(t.entry(OURS), before.as_ref());
+}
+
+#[test]
+fn a_process_ends_once_whatever_was_known_of_it() {
+    let mut t = table();
+    let _ = t.learn(&news(OURS, 5, 2, &[])).unwrap();
+    // An abort has raised it to 6; the node it ended on had not heard.
+    t.raise(OURS, Incarnation(6));
+    assert_eq!(t.ended(OURS, Incarnation(5)), changes(&[], &[105]));
+    assert_eq!(t.incarnation(OURS), Incarnation(7));
+    // The end of that life, told again, does not end the next.
+    let _ = t.learn(&news(OURS, 8, 2, &[])).unwrap();
+    assert_eq!(t.ended(OURS, Incarnation(5)), changes(&[], &[]));
+    assert!(t.entry(OURS).is_some());
 }
 
 #[test]
@@ -142,7 +170,7 @@ fn what_was_made_durable_is_restored() {
     }
     assert!(t.take_changed().is_empty());
     let (restored, reservations) = Table::restore(Modulus(8), HERE, durable.into_values());
-    assert_eq!(reservations, changes(&[105, 113], &[]));
+    assert_eq!(reservations, [Pid(105), Pid(113)]);
     assert_eq!(restored.entries, t.entries);
     assert_eq!(restored.incarnation(Pid(121)), Incarnation(4));
 }

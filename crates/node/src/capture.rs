@@ -10,7 +10,7 @@ mod descriptors;
 pub mod freeze;
 mod questions;
 mod sleep;
-mod space;
+pub mod space;
 mod surroundings;
 mod threads;
 
@@ -22,8 +22,8 @@ pub use threads::from_words;
 use crate::obstacle::{self, obstacle};
 use descriptors::Glimpse;
 use dunlin_proto::control::Obstacle;
-use dunlin_proto::ids::Pid;
-use dunlin_proto::image::{Lineage, MappingKind, Pages, Plan, ProcessImage, ThreadImage, Traits};
+use dunlin_proto::ids::{Pid, RunId};
+use dunlin_proto::image::{DescriptionKind, Lineage, MappingKind, Pages, Plan, ProcessImage, ThreadImage, Traits};
 use dunlin_sys::foothold::{Foothold, FootholdError};
 use dunlin_sys::inspect;
 use dunlin_sys::pagemap::{self, Query};
@@ -266,6 +266,36 @@ impl Source {
         })
     }
 
+    /// Whether a userfaultfd serves some of its memory.
+    pub fn is_watched(&self) -> bool {
+        self.listing.iter().any(|(_, flags)| flags.contains(b"um"))
+    }
+
+    /// The standard streams of runs that it uses.
+    pub fn streams(&self) -> Vec<(RunId, u8)> {
+        let stream = |kind: &DescriptionKind| match kind {
+            DescriptionKind::Stream { run, stream } => Some((*run, *stream)),
+            DescriptionKind::File(_)
+            | DescriptionKind::Deleted { .. }
+            | DescriptionKind::Directory(_)
+            | DescriptionKind::Device(_)
+            | DescriptionKind::Pipe { .. }
+            | DescriptionKind::Event { .. } => None,
+        };
+        self.plan
+            .image
+            .files
+            .descriptions
+            .iter()
+            .filter_map(|d| stream(&d.kind))
+            .collect()
+    }
+
+    /// How far its time namespace's clocks are ahead of this daemon's, nanoseconds.
+    pub fn clock_offsets(&self) -> [i64; 2] {
+        clock_offsets(&self.dir)
+    }
+
     /// The pages that the program wrote in private mappings of files: they cannot be fetched on demand, because the
     /// kernel would fill a missing one from the file.
     fn read_file_pages(&self) -> io::Result<Vec<Pages>> {
@@ -447,16 +477,18 @@ fn clocks(dir: &ProcDir) -> [i64; 2] {
         let now = clock_gettime(clock);
         now.tv_sec * 1_000_000_000 + now.tv_nsec
     };
+    let [monotonic, boottime] = clock_offsets(dir);
+    [ours(ClockId::Monotonic) + monotonic, ours(ClockId::Boottime) + boottime]
+}
+
+/// How far the clocks of a process are ahead of this daemon's, nanoseconds. See time_namespaces(7).
+pub fn clock_offsets(dir: &ProcDir) -> [i64; 2] {
     let [monotonic, boottime] = time_offsets(&dir.text("timens_offsets").unwrap_or_default());
-    let [own_monotonic, own_boottime] = time_offsets(
-        &ProcDir::process(std::process::id() as i32)
-            .text("timens_offsets")
-            .unwrap_or_default(),
-    );
-    [
-        ours(ClockId::Monotonic) + monotonic - own_monotonic,
-        ours(ClockId::Boottime) + boottime - own_boottime,
-    ]
+    let own = ProcDir::process(std::process::id() as i32)
+        .text("timens_offsets")
+        .unwrap_or_default();
+    let [own_monotonic, own_boottime] = time_offsets(&own);
+    [monotonic - own_monotonic, boottime - own_boottime]
 }
 
 /// The offsets of a time namespace, nanoseconds. See time_namespaces(7).

@@ -2,9 +2,18 @@
 
 pub mod capture;
 pub mod config;
+pub mod entries;
 pub mod files;
+pub mod init;
 pub mod install;
+pub mod logs;
+pub mod mover;
+pub mod nest;
 pub mod obstacle;
+pub mod page_server;
+pub mod pager;
 pub mod peers;
 pub mod processes;
 pub mod restore;
+pub mod runs;
+pub mod streams;

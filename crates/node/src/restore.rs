@@ -17,15 +17,20 @@ mod traits;
 
 pub use blank::{Blank, Resumed};
 
+use crate::capture::space;
+use crate::files::{Use, open_same};
 use crate::install::Installer;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{Pid, RunId};
+use dunlin_proto::image::{DescriptionKind, FileRef, MappingKind, Plan};
 use dunlin_sys::foothold::FootholdError;
+use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::TraceError;
 use dunlin_sys::script::ScriptError;
+use rustix::fs::OFlags;
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 /// Why a process could not be restored. Nothing of it has run here.
@@ -133,6 +138,61 @@ impl From<dunlin_sys::procfs::ParseError> for AnyError {
     fn from(error: dunlin_sys::procfs::ParseError) -> Self {
         AnyError::Other(error.into())
     }
+}
+
+/// What would keep a plan from being restored here, as far as files and the kernel tell.
+pub fn examine(plan: &Plan, root: &OwnedFd, shared: &[PathBuf]) -> Vec<Obstacle> {
+    let pid = plan.image.lineage.pid;
+    let space = &plan.image.space;
+    let mut obstacles = Vec::new();
+    let mut look = |file: &FileRef, flags: OFlags, how: Use| {
+        if let Err(error) = open_same(root.as_fd(), file, flags, how, shared) {
+            let obstacle = descriptors::missing(pid, file, &error);
+            if !obstacles.contains(&obstacle) {
+                obstacles.push(obstacle);
+            }
+        }
+    };
+    look(&space.exe, OFlags::RDONLY, Use::Content);
+    for mapping in &space.mappings {
+        match mapping.kind {
+            MappingKind::PrivateFile { file, .. }
+            | MappingKind::SharedFile {
+                file, writable: false, ..
+            } => {
+                if let Some(file) = space.files.get(file as usize) {
+                    look(file, OFlags::RDONLY, Use::Content);
+                }
+            }
+            MappingKind::SharedFile {
+                file, writable: true, ..
+            } => {
+                if let Some(file) = space.files.get(file as usize) {
+                    look(file, OFlags::RDWR, Use::Identity);
+                }
+            }
+            MappingKind::Anonymous | MappingKind::Kernel(_) => {}
+        }
+    }
+    for description in &plan.image.files.descriptions {
+        if let DescriptionKind::File(file) = &description.kind {
+            let writes = description.flags & 3 != 0;
+            let flags = OFlags::from_bits_retain(description.flags & 3);
+            look(file, flags, if writes { Use::Identity } else { Use::Content });
+        }
+    }
+    let own = ProcDir::process(std::process::id() as i32);
+    let here = space::listing(&own).and_then(|all| space::vdso_hash(&own, &all));
+    if here.is_ok_and(|hash| hash != space.vdso_hash) {
+        obstacles.push(crate::obstacle::obstacle(
+            pid,
+            "kernel",
+            "the vDSO",
+            "the destination's kernel has another one, and the program's code points into it",
+            "run the same kernel build on both nodes",
+        ));
+    }
+    obstacles
 }
 
 /// What a restore needs of the node around it.

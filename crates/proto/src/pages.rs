@@ -334,7 +334,7 @@ fn header(op: u8, tag: u32, middle: u64, last: u64) -> [u8; 24] {
 
 fn in_address_space(start: u64, pages: u64) -> Result<(), Malformed> {
     const LIMIT: u64 = 1 << 57;
-    if start % PAGE_BYTES as u64 != 0 {
+    if !start.is_multiple_of(PAGE_BYTES as u64) {
         return Err(Malformed("an address inside a page"));
     }
     match pages

@@ -37,6 +37,8 @@ pub enum Purpose {
     Command(Caller),
     /// The protocol of one move.
     Move(MoveId),
+    /// The words of the move protocol, one way: [`crate::relocation::MoveMsg`] frames.
+    Relocation,
     /// The pages of one image.
     Pages(ImageId),
     /// A standard stream of a run.
@@ -140,6 +142,19 @@ pub enum PeerRequest {
         /// The run.
         run: RunId,
     },
+    /// To the node that a process has come to: how far its pages have come (`Drain`).
+    Drain {
+        /// The process.
+        pid: Pid,
+    },
+    /// To the destination of a move to be: could these be restored there (`Obstacles`)? Postcard of a list of
+    /// [`crate::image::Plan`]s without pages.
+    Examine {
+        /// The plans.
+        plans: Vec<u8>,
+    },
+    /// What CLOCK_MONOTONIC and CLOCK_BOOTTIME of the called node are, outside its nest (`Clocks`).
+    Clocks,
     /// To the origin of a run: the state of its terminal, as the node that gave the process up last told it (`Tty`,
     /// `NotHere`).
     Terminal {
@@ -176,6 +191,12 @@ pub enum PeerReply {
     NotYet,
     /// The process or run is not, or no longer, on the called node: ask its home again.
     NotHere,
+    /// To `Drain`; `None` for a process that did not come by a move.
+    Drain(Option<Drain>),
+    /// To `Examine`.
+    Obstacles(Vec<crate::control::Obstacle>),
+    /// To `Clocks`, nanoseconds.
+    Clocks([i64; 2]),
     /// To `Terminal`.
     Tty(TtyState),
     /// It could not be done.
@@ -196,4 +217,23 @@ pub enum Located {
     },
     /// There is none.
     Nowhere,
+}
+
+/// How far the pages of a moved process have come.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Drain {
+    /// Pages elsewhere when it came.
+    pub pages_total: u64,
+    /// Pages still elsewhere.
+    pub pages_left: u64,
+    /// Pages that it waited for.
+    pub pages_faulted: u64,
+    /// Pages that came unasked.
+    pub pages_pushed: u64,
+    /// The recent rate.
+    pub bytes_per_second: u64,
+    /// How long it waited for a page.
+    pub fault_us: crate::control::Quantiles,
+    /// The pager's work is over.
+    pub finished: bool,
 }

@@ -8,6 +8,7 @@
 use crate::control::{ExitStatus, Obstacle};
 use crate::ids::{Incarnation, MoveId, Pid, Slot};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 
 /// No move covers more processes; a longer list from a peer is refused.
 pub const MAX_MEMBERS: usize = 4096;
@@ -58,6 +59,8 @@ pub struct Member {
     pub ids: Vec<Pid>,
     /// The earlier moves that left pages behind (each on its source) which it still needs.
     pub images: Vec<MoveId>,
+    /// The homes of all these ids, and of ids it held earlier: whoever keeps an entry for it.
+    pub homes: BTreeSet<Slot>,
 }
 
 /// Where a process is since a commit.
@@ -71,6 +74,8 @@ pub struct EntryChange {
     pub node: Slot,
     /// As [`Member::ids`].
     pub ids: Vec<Pid>,
+    /// As [`Member::homes`].
+    pub homes: BTreeSet<Slot>,
 }
 
 /// From the source to the home of the root process, which decides for all.

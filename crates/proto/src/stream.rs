@@ -73,8 +73,6 @@ pub enum StreamFrame {
     Resume {
         /// Bytes since the relay's first.
         received: u64,
-        /// What the terminal is like, where the stream is one.
-        tty: Option<TtyState>,
     },
     /// Bytes of the stream; at most 64 KiB.
     Data(Vec<u8>),
@@ -86,24 +84,24 @@ pub enum StreamFrame {
     Flushed(u64),
     /// From the origin: the input has ended.
     End,
-    /// From the relay: its process has left it for `to`; stop sending input.
-    Leave {
-        /// Where the run's top process is now.
-        to: Slot,
-    },
+    /// From the relay: its process leaves it; stop sending input.
+    Leave,
     /// From the origin: no input follows this.
     Left,
-    /// From the relay, after `Left`: the input that was received and not read, to go first to the new place.
-    Unread(Vec<u8>),
+    /// From the relay, after `Left`: where the run's top process is, and the input that was received and not read.
+    Unread {
+        /// Where the input goes from now on.
+        to: Slot,
+        /// What goes there first.
+        bytes: Vec<u8>,
+    },
     /// From the origin: the terminal's size changed.
     Resize(WindowSize),
-    /// From the relay: what the terminal is like now.
-    Tty(TtyState),
     /// From the origin: nobody reads or writes the run's streams any more.
     Close,
 }
 
-/// A terminal's settings, as far as a move carries them.
+/// A terminal's settings, as a move of a run's top process carries them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TtyState {
     /// c_iflag, c_oflag, c_cflag, c_lflag.

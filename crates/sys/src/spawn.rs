@@ -3,7 +3,8 @@
 //! Owns the raw `clone3`, `pidfd_open` and `kill` that carry the filter's cookie, and everything a child does before its
 //! `execve`. Refuses to know which PID the child gets. Invariants: between clone and exec the child makes raw system
 //! calls only (no allocation, no lock, no libc call that knows of threads); a child that cannot be what was asked for
-//! tells its parent which step failed and ends; no descriptor but the three standard ones survives the exec.
+//! tells its parent which step failed and ends; no descriptor but the three standard ones, if given,
+//! survives the exec.
 
 use std::ffi::{CStr, CString, c_char};
 use std::io;
@@ -24,7 +25,7 @@ pub struct Child<'a> {
     pub umask: Option<u32>,
     /// Whom it runs as; its parent's credentials without.
     pub owner: Option<Owner<'a>>,
-    /// Descriptors 0, 1 and 2; none may be 0, 1 or 2 itself. Its parent's without.
+    /// Descriptors 0, 1 and 2; none may be 0, 1 or 2 itself. Without, it has no descriptor at all.
     pub stdio: Option<[BorrowedFd<'a>; 3]>,
     /// It leads a new session.
     pub session: bool,
@@ -36,6 +37,8 @@ pub struct Child<'a> {
     pub signals_blocked: bool,
     /// Written to its oom_score_adj, which its parent may have lowered for itself.
     pub oom_score_adj: Option<i32>,
+    /// Its limit of open files (soft, hard), which its parent may have raised for itself.
+    pub open_files: Option<(u64, u64)>,
 }
 
 /// What to execute.
@@ -56,24 +59,6 @@ pub struct Owner<'a> {
     pub gid: u32,
     /// Supplementary groups.
     pub groups: &'a [u32],
-}
-
-/// Why there is no child.
-#[derive(Debug, thiserror::Error)]
-pub enum SpawnError {
-    /// There was no process.
-    #[error("no process could be made: {0}")]
-    Fork(io::Error),
-    /// The child could not be what was asked for and has ended; it must be waited for.
-    #[error("{} failed: {error}", .step.name())]
-    Child {
-        /// The child that was.
-        pid: i32,
-        /// Which step.
-        step: Step,
-        /// Why.
-        error: io::Error,
-    },
 }
 
 /// What a child does before its program runs.
@@ -128,8 +113,9 @@ pub struct Started {
 }
 
 impl Started {
-    /// Blocks until the program is executed, or has failed to be.
-    pub fn executed(self) -> Result<i32, SpawnError> {
+    /// Blocks until the program is executed. On failure says which step failed and why; the child has ended then, and
+    /// must be waited for.
+    pub fn executed(self) -> Result<(), (Step, io::Error)> {
         let mut report = [0u8; 5];
         let failed = loop {
             match rustix::io::read(&self.report, &mut report) {
@@ -139,14 +125,10 @@ impl Started {
             }
         };
         if !failed {
-            return Ok(self.pid);
+            return Ok(());
         }
         let errno = i32::from_ne_bytes([report[1], report[2], report[3], report[4]]);
-        Err(SpawnError::Child {
-            pid: self.pid,
-            step: Step::from_byte(report[0]),
-            error: io::Error::from_raw_os_error(errno),
-        })
+        Err((Step::from_byte(report[0]), io::Error::from_raw_os_error(errno)))
     }
 }
 
@@ -256,6 +238,10 @@ unsafe fn become_program(
                 libc::close(fd);
             }
         }
+        if let Some((soft, hard)) = child.open_files {
+            let limit = [soft, hard];
+            libc::syscall(libc::SYS_prlimit64, 0, libc::RLIMIT_NOFILE, limit.as_ptr(), 0usize);
+        }
         if let Some(umask) = child.umask {
             libc::umask(umask);
         }
@@ -275,7 +261,8 @@ unsafe fn become_program(
             return (Step::Directory, errno());
         }
         // Not closed but marked: the report and the file to execute are needed until the exec.
-        libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
+        let first = if child.stdio.is_some() { 3u32 } else { 0 };
+        libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
         // struct sigaction of the kernel: handler, flags, restorer, mask; all zero is the default.
         let default = [0u64; 4];
         for signal in 1..=64 {
@@ -395,9 +382,12 @@ mod tests {
             group: None,
             signals_blocked: false,
             oom_score_adj: Some(7),
+            open_files: Some((99, 100)),
         };
         change(&mut child);
-        let pid = start(&child, 0).unwrap().executed().unwrap();
+        let started = start(&child, 0).unwrap();
+        let pid = started.pid;
+        started.executed().unwrap();
         drop(write);
         let mut output = String::new();
         std::fs::File::from(read).read_to_string(&mut output).unwrap();
@@ -413,7 +403,7 @@ mod tests {
         let (output, status) = run(
             |_| {},
             "echo $A; umask; pwd; cat /proc/self/oom_score_adj; grep -E '^Sig(Blk|Ign)' /proc/self/status; \
-             ls /proc/$$/fd; cut -d' ' -f6 /proc/$$/stat | grep -cx $$; exit 3",
+             ls /proc/$$/fd; ulimit -n; cut -d' ' -f6 /proc/$$/stat | grep -cx $$; exit 3",
         );
         assert_eq!(status, 3 << 8);
         assert_eq!(
@@ -430,6 +420,7 @@ mod tests {
                 "0",
                 "1",
                 "2",
+                "99",
                 "1"
             ]
         );
@@ -465,14 +456,14 @@ mod tests {
             group: None,
             signals_blocked: false,
             oom_score_adj: None,
+            open_files: None,
         };
-        let expect = |child: &Child<'_>, step: Step, errno: i32| match start(child, 0).unwrap().executed() {
-            Err(SpawnError::Child { pid, step: s, error }) => {
-                let pid = rustix::process::Pid::from_raw(pid);
-                rustix::process::waitpid(pid, rustix::process::WaitOptions::empty()).unwrap();
-                assert_eq!((s, error.raw_os_error()), (step, Some(errno)));
-            }
-            other => panic!("{other:?}"),
+        let expect = |child: &Child<'_>, step: Step, errno: i32| {
+            let started = start(child, 0).unwrap();
+            let pid = rustix::process::Pid::from_raw(started.pid);
+            let (failed, error) = started.executed().unwrap_err();
+            assert_eq!((failed, error.raw_os_error()), (step, Some(errno)));
+            rustix::process::waitpid(pid, rustix::process::WaitOptions::empty()).unwrap();
         };
         let paths = strings(&["/nonexistent/x", "/etc/passwd", "/bin/sh/x"]);
         child.program = Program::Paths(&paths[..1]);

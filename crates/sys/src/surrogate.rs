@@ -294,9 +294,12 @@ mod tests {
             group: None,
             signals_blocked: true,
             oom_score_adj: None,
+            open_files: None,
         };
-        let pid = spawn::start(&child, 0).unwrap().executed().unwrap();
+        let started = spawn::start(&child, 0).unwrap();
+        let pid = started.pid;
         let _ended = Ended(pid);
+        started.executed().unwrap();
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGTSTP, libc::SIGSEGV, 32, 64] {
             spawn::kill(pid, signal, 0).unwrap();
             let (from, report) = next(&socket);

@@ -277,9 +277,8 @@ impl Uffd {
             }
         };
         // SAFETY: the kernel has just returned this descriptor; nobody else owns it.
-        Ok(Uffd {
-            fd: unsafe { OwnedFd::from_raw_fd(fd) },
-        })
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Uffd { fd })
     }
 
     /// Takes one that another process made (by `pidfd_getfd`), and makes it non-blocking: a blocking one cannot be

@@ -405,7 +405,6 @@ impl Frozen {
         leader.set_signal_mask(u64::MAX)?;
         Ok(LeftBehind {
             keeper,
-            memory: source.memory()?,
             leader,
             foothold: source.foothold,
         })
@@ -426,9 +425,8 @@ impl Frozen {
 pub struct LeftBehind {
     /// The process that keeps the address space.
     pub keeper: Pid,
-    /// How its pages are read.
-    pub memory: Memory,
-    leader: Stopped,
+    /// The emptied first thread, stopped.
+    pub leader: Stopped,
     foothold: Foothold,
 }
 
@@ -437,41 +435,24 @@ impl LeftBehind {
     pub fn exit(self) -> Result<(), CaptureError> {
         const SYS_EXIT_GROUP: i64 = 231;
         match self.leader.inject(self.foothold.syscall_at, SYS_EXIT_GROUP, [0; 6]) {
-            Err(dunlin_sys::ptrace::TraceError::Gone { .. }) => Ok(()),
+            Err(dunlin_sys::ptrace::TraceError::Gone { .. }) | Ok(_) => Ok(()),
             Err(error) => Err(error.into()),
-            Ok(_) => Ok(()),
         }
     }
 
-    /// Turns the emptied process into a surrogate: as much privilege as its credentials can regain, then the surrogate
-    /// program behind descriptor `program` of the target, installed there by `install` with the given call pending.
-    pub fn become_surrogate(
-        self,
-        install: impl FnOnce(Stopped, u64) -> Result<(Stopped, i32), CaptureError>,
-    ) -> Result<(), CaptureError> {
-        const SYS_EXECVEAT: i64 = 322;
+    /// Readies the emptied process to execute the surrogate program: with as much privilege as its credentials can
+    /// regain, or the exec would lose the way back. Hands back the thread, where calls can be injected, and memory to
+    /// write to.
+    pub fn ready(self) -> Result<(Stopped, u64, u64), CaptureError> {
         const SYS_SETRESUID: i64 = 117;
-        const AT_EMPTY_PATH: u64 = 0x1000;
-        let at = self.foothold.syscall_at;
+        const KEEP: u64 = u32::MAX as u64;
         self.leader.set_options(Options {
             suspend_seccomp: true,
             ..Options::default()
         })?;
-        // Real, effective or saved root: be root once more, or the exec would lose the way back.
-        let (leader, _) = self.leader.inject(
-            at,
-            SYS_SETRESUID,
-            [u64::from(u32::MAX), 0, u64::from(u32::MAX), 0, 0, 0],
-        )?;
-        let (leader, program) = install(leader, at)?;
-        let empty = Script::new(&self.foothold.arena).text(b"").address;
-        let (leader, executed) =
-            leader.inject_exec(at, SYS_EXECVEAT, [program as u64, empty, 0, 0, AT_EMPTY_PATH, 0])?;
-        executed.map_err(|errno| CaptureError::Kernel {
-            what: "executing the surrogate",
-            source: errno.into(),
-        })?;
-        Ok(leader.detach(0)?)
+        let at = self.foothold.syscall_at;
+        let (leader, _) = self.leader.inject(at, SYS_SETRESUID, [KEEP, 0, KEEP, 0, 0, 0])?;
+        Ok((leader, at, self.foothold.arena.base() + PAGE))
     }
 }
 

@@ -59,7 +59,13 @@ impl Blank {
     ///
     /// `expendable`: it dies with this daemon until it is resumed; not so for an entry that stands for a process that
     /// runs elsewhere.
-    pub fn prepare(host: i32, expendable: bool, plan: &Plan, kit: &mut Kit<'_>) -> Result<Blank, RestoreError> {
+    pub fn prepare(
+        host: i32,
+        expendable: bool,
+        plan: &Plan,
+        clock_offsets_ns: [i64; 2],
+        kit: &mut Kit<'_>,
+    ) -> Result<Blank, RestoreError> {
         let pid = plan.image.lineage.pid;
         check_sound(pid, &plan.image)?;
         let options = Options {
@@ -72,7 +78,7 @@ impl Blank {
             .stop(Instant::now() + STOP_PATIENCE)
             .during(pid, "stopping the blank")?;
         thread.set_signal_mask(SCRIPT_MASK).during(pid, "blocking signals")?;
-        let thread = execute_program(pid, host, thread, plan, kit)?;
+        let thread = execute_program(pid, host, thread, plan, clock_offsets_ns, kit)?;
         let ranges: Vec<(u64, u64)> = plan.image.space.mappings.iter().map(|m| (m.start, m.end)).collect();
         let (thread, foothold) = Foothold::plant(thread, host, &ranges).during(pid, "planting the loop")?;
         let memory = OpenOptions::new()
@@ -165,6 +171,16 @@ impl Blank {
         }
     }
 
+    /// The name of the process.
+    pub fn comm(&self) -> &[u8] {
+        self.image.threads.first().map_or(b"dunlin", |thread| &thread.comm)
+    }
+
+    /// Memory of the blank that may be overwritten.
+    pub fn scratch(&self) -> u64 {
+        self.foothold.range().1 - 4096
+    }
+
     /// The first thread, stopped.
     pub(super) fn leader(&self) -> Stopped {
         Stopped::assume(self.host)
@@ -212,6 +228,7 @@ fn execute_program(
     host: i32,
     thread: Stopped,
     plan: &Plan,
+    clock_offsets_ns: [i64; 2],
     kit: &mut Kit<'_>,
 ) -> Result<Stopped, RestoreError> {
     let exe = open_same(
@@ -231,6 +248,7 @@ fn execute_program(
     let (thread, _) = thread
         .inject(at, SYS_CLOSE_RANGE, [0, u64::from(u32::MAX), 0, 0, 0, 0])
         .during(pid, "closing descriptors")?;
+    let thread = set_clocks(pid, &dir, thread, at, clock_offsets_ns)?;
     let thread = install(
         pid,
         pid,
@@ -257,6 +275,44 @@ fn execute_program(
         .during(pid, "executing the program")?;
     executed.during(pid, "executing the program")?;
     thread.set_signal_mask(SCRIPT_MASK).during(pid, "blocking signals")?;
+    Ok(thread)
+}
+
+/// Gives the blank a time namespace of its own, entered by the exec, if its clocks would not go on where the process's
+/// clocks are. See time_namespaces(7).
+fn set_clocks(pid: Pid, dir: &ProcDir, thread: Stopped, at: u64, wanted_ns: [i64; 2]) -> Result<Stopped, RestoreError> {
+    const SYS_UNSHARE: i64 = 272;
+    const CLONE_NEWTIME: u64 = 0x80;
+    // What the question took the clocks' owner to answer, and less than any freeze.
+    const TOLERANCE_NS: i64 = 500_000;
+    let now = crate::capture::clock_offsets(dir);
+    if now
+        .iter()
+        .zip(wanted_ns)
+        .all(|(now, wanted)| (now - wanted).abs() < TOLERANCE_NS)
+    {
+        return Ok(thread);
+    }
+    let (thread, answer) = thread
+        .inject(at, SYS_UNSHARE, [CLONE_NEWTIME, 0, 0, 0, 0, 0])
+        .during(pid, "unshare")?;
+    if answer < 0 {
+        return Err(dunlin_sys::Errno(-answer as i32)).during(pid, "making a time namespace");
+    }
+    let [own_monotonic, own_boottime] = crate::capture::time_offsets(
+        &ProcDir::process(std::process::id() as i32)
+            .text("timens_offsets")
+            .unwrap_or_default(),
+    );
+    let line = |clock: &str, ns: i64| {
+        format!(
+            "{clock} {} {}\n",
+            ns.div_euclid(1_000_000_000),
+            ns.rem_euclid(1_000_000_000)
+        )
+    };
+    let text = line("monotonic", wanted_ns[0] + own_monotonic) + &line("boottime", wanted_ns[1] + own_boottime);
+    std::fs::write(dir.path("timens_offsets"), text).during(pid, "setting its clocks")?;
     Ok(thread)
 }
 

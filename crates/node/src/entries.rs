@@ -1,0 +1,390 @@
+//! Table entries of the nest's kernel: surrogates found, made and ended.
+//!
+//! Owns how a PID that stands for somebody else comes to be in this nest with the right parent, group and session, and
+//! how it ends as the process it stands for did. Refuses to know why. Invariant: a surrogate is registered with init
+//! and hidden before it can be seen.
+//!
+//! A surrogate under another entry is made by that entry itself: an injected clone(2) that shares the maker's memory
+//! for the moment, and the surrogate program executed by the child.
+
+use crate::capture::SCRIPT_MASK;
+use crate::capture::freeze::LeftBehind;
+use crate::install::{Installer, TRIGGER_CALL, Wanted};
+use crate::nest::{Nest, SurrogateSpec};
+use crate::processes::{Hidden, HiddenKind};
+use crate::restore::Blank;
+use dunlin_proto::control::ExitStatus;
+use dunlin_proto::ids::Pid;
+use dunlin_proto::image::{Child, Lineage};
+use dunlin_sys::foothold::syscall_instruction;
+use dunlin_sys::procfs::ProcDir;
+use dunlin_sys::ptrace::{Options, Running, Stopped};
+use std::fs::OpenOptions;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const SYS_CLONE: i64 = 56;
+const SYS_SETPGID: i64 = 109;
+const SYS_SETSID: i64 = 112;
+const SYS_RT_SIGACTION: i64 = 13;
+const SYS_EXIT_GROUP: i64 = 231;
+const SYS_EXECVEAT: i64 = 322;
+const SYS_CLOSE_RANGE: i64 = 436;
+const AT_EMPTY_PATH: u64 = 0x1000;
+const CLONE_VM: u64 = 0x100;
+const SIGCHLD: u64 = 17;
+const INIT: Pid = Pid(1);
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The surrogates of one nest.
+pub struct Entries {
+    nest: Nest,
+    hidden: Arc<Hidden>,
+    installer: Arc<Installer>,
+}
+
+/// A place that a process can be restored into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Its number on this machine.
+    pub host: i32,
+    /// It stands for the process since before: it must stay if the restore fails.
+    pub stood_before: bool,
+}
+
+impl Entries {
+    /// The surrogates of this nest.
+    pub fn new(nest: Nest, hidden: Arc<Hidden>, installer: Arc<Installer>) -> Entries {
+        Entries {
+            nest,
+            hidden,
+            installer,
+        }
+    }
+
+    /// The place for a process that arrives: its surrogate if it has one, otherwise a new blank under its parent's entry.
+    pub fn place(&self, lineage: &Lineage) -> io::Result<Place> {
+        if let Some(host) = self.nest.host_pid(lineage.pid)? {
+            return match self.hidden.kind(lineage.pid) {
+                Some(HiddenKind::Departed | HiddenKind::Relative) => Ok(Place {
+                    host,
+                    stood_before: true,
+                }),
+                Some(HiddenKind::Blank | HiddenKind::Keeper) | None => {
+                    Err(io::Error::other(format!("PID {} is in use here", lineage.pid)))
+                }
+            };
+        }
+        self.hidden.insert(lineage.pid, HiddenKind::Blank);
+        let made = self.make_blank(lineage);
+        if made.is_err() {
+            self.hidden.remove(lineage.pid);
+        }
+        Ok(Place {
+            host: made?,
+            stood_before: false,
+        })
+    }
+
+    fn make_blank(&self, lineage: &Lineage) -> io::Result<i32> {
+        let leads = lineage.sid == lineage.pid;
+        let own_group = lineage.pgid == lineage.pid;
+        if lineage.ppid == INIT && (leads || self.nest.host_pid(lineage.sid)?.is_none()) {
+            let group = (own_group && !leads).then_some(lineage.pid);
+            return self.make_under_init(lineage.pid, leads, group, b"dunlin-blank");
+        }
+        let maker = match lineage.ppid {
+            INIT => self.relative(lineage.sid, lineage.sid)?,
+            parent => self.relative(parent, lineage.sid)?,
+        };
+        if !leads && !own_group && self.nest.host_pid(lineage.pgid)?.is_none() {
+            // The group's leader may have ended long ago at home: here somebody must hold the number.
+            let session = self.relative(lineage.sid, lineage.sid)?;
+            self.make_under(session, lineage.pgid, Manner::Group(lineage.pgid), b"dunlin-group")?;
+        }
+        let manner = match (leads, own_group) {
+            (true, _) => Manner::Session,
+            (false, true) => Manner::Group(lineage.pid),
+            (false, false) => Manner::Group(lineage.pgid),
+        };
+        self.make_under(maker, lineage.pid, manner, b"dunlin-blank")
+    }
+
+    /// Turns the emptied process of a committed move into its own surrogate.
+    pub fn stay(&self, left: LeftBehind, pid: Pid, host: i32, comm: &[u8]) -> io::Result<()> {
+        let (thread, at, place) = left.ready().map_err(other)?;
+        self.execute(thread, pid, at, place, &ProcDir::process(host), comm)
+    }
+
+    /// Turns a blank of a move that came to nothing into the surrogate that it had been.
+    pub fn stand_again(&self, blank: Blank) -> io::Result<()> {
+        let dir = ProcDir::process(blank.host);
+        let at = syscall_instruction(&dir).map_err(other)?;
+        let comm = blank.comm().to_vec();
+        let all = [0, u64::from(u32::MAX), 0, 0, 0, 0];
+        let thread = Stopped::assume(blank.host)
+            .inject(at, SYS_CLOSE_RANGE, all)
+            .map_err(other)?
+            .0;
+        self.execute(thread, blank.pid, at, blank.scratch(), &dir, &comm)
+    }
+
+    /// The entry of a relative that lives elsewhere (or here, where it does): made if there is none.
+    fn relative(&self, pid: Pid, sid: Pid) -> io::Result<i32> {
+        if let Some(host) = self.nest.host_pid(pid)? {
+            return Ok(host);
+        }
+        self.hidden.insert(pid, HiddenKind::Relative);
+        let made = if sid == pid || sid.0 <= 1 {
+            self.make_under_init(pid, sid == pid, None, b"dunlin-relative")
+        } else {
+            let leader = self.relative(sid, sid)?;
+            self.make_under(leader, pid, Manner::AsMaker, b"dunlin-relative")
+        };
+        if made.is_err() {
+            self.hidden.remove(pid);
+        }
+        made
+    }
+
+    fn make_under_init(&self, pid: Pid, session: bool, group: Option<Pid>, comm: &[u8]) -> io::Result<i32> {
+        self.nest.make_surrogate(SurrogateSpec {
+            pid,
+            comm: comm.to_vec(),
+            session,
+            group,
+            owner: None,
+        })?;
+        self.nest
+            .host_pid(pid)?
+            .ok_or_else(|| io::Error::other(format!("the surrogate {pid} is gone already")))
+    }
+
+    /// Makes a surrogate as a child of another entry.
+    fn make_under(&self, maker: i32, pid: Pid, manner: Manner, comm: &[u8]) -> io::Result<i32> {
+        let running = Running::seize(
+            maker,
+            Options {
+                follow: true,
+                ..Options::default()
+            },
+        )
+        .map_err(other)?;
+        let (thread, _) = running.stop(Instant::now() + PATIENCE).map_err(other)?;
+        let mask = thread.signal_mask().map_err(other)?;
+        thread.set_signal_mask(SCRIPT_MASK).map_err(other)?;
+        let made = self.child_of(thread, (maker, None), pid, manner, comm);
+        let thread = Stopped::assume(maker);
+        thread
+            .set_signal_mask(mask)
+            .and_then(|()| thread.detach(0))
+            .map_err(other)?;
+        made
+    }
+
+    /// Makes a surrogate as a child of a process that this OS thread traces and has stopped.
+    fn child_of(
+        &self,
+        thread: Stopped,
+        (maker, place): (i32, Option<u64>),
+        pid: Pid,
+        manner: Manner,
+        comm: &[u8],
+    ) -> io::Result<i32> {
+        let dir = ProcDir::process(maker);
+        let at = syscall_instruction(&dir).map_err(other)?;
+        let guard = self.nest.steer(pid)?;
+        let arguments = [CLONE_VM | SIGCHLD, 0, 0, 0, 0, self.nest.cookie()];
+        let (thread, answer, child) = thread.inject_clone(at, SYS_CLONE, arguments).map_err(other)?;
+        let _ = guard.finish()?;
+        let Some(child) = child.filter(|_| answer == i64::from(pid.0)) else {
+            return Err(io::Error::other(format!(
+                "the surrogate for {pid} came out as {answer}"
+            )));
+        };
+        let host = child.tid();
+        let below_stack = (thread.registers().map_err(other)?.rsp - 2048) & !15;
+        let place = place.unwrap_or(below_stack);
+        let became = self.become_surrogate(child, pid, at, place, &dir, manner, comm);
+        if became.is_err()
+            && let Some(host) = rustix::process::Pid::from_raw(host)
+        {
+            let _ = rustix::process::kill_process(host, rustix::process::Signal::KILL);
+        }
+        became.map(|()| host)
+    }
+
+    #[allow(clippy::too_many_arguments)] // the steps of one manoeuvre
+    fn become_surrogate(
+        &self,
+        child: Stopped,
+        pid: Pid,
+        at: u64,
+        place: u64,
+        maker: &ProcDir,
+        manner: Manner,
+        comm: &[u8],
+    ) -> io::Result<()> {
+        child.set_signal_mask(u64::MAX).map_err(other)?;
+        let child = match manner {
+            Manner::AsMaker => child,
+            Manner::Session => child.inject(at, SYS_SETSID, [0; 6]).map_err(other)?.0,
+            Manner::Group(group) => {
+                child
+                    .inject(at, SYS_SETPGID, [0, group.0 as u64, 0, 0, 0, 0])
+                    .map_err(other)?
+                    .0
+            }
+        };
+        let all = [0, u64::from(u32::MAX), 0, 0, 0, 0];
+        let child = child.inject(at, SYS_CLOSE_RANGE, all).map_err(other)?.0;
+        self.execute(child, pid, at, place, maker, comm)
+    }
+
+    /// Has a stopped task execute the surrogate program and lets it go. `place` is memory (of the process whose
+    /// directory is given) that may be overwritten: 64 bytes.
+    pub fn execute(
+        &self,
+        thread: Stopped,
+        pid: Pid,
+        at: u64,
+        place: u64,
+        memory: &ProcDir,
+        comm: &[u8],
+    ) -> io::Result<()> {
+        self.nest.register_surrogate(pid)?;
+        let program = self.nest.surrogate_program().try_clone_to_owned()?;
+        self.installer.expect(
+            pid,
+            vec![Wanted {
+                fd: program,
+                number: 3,
+                close_on_exec: true,
+            }],
+        );
+        let injected = thread.inject(at, TRIGGER_CALL, self.installer.trigger());
+        self.installer.outcome(pid)?;
+        let (thread, _) = injected.map_err(other)?;
+        // An empty string, a name, and an argument vector of that name.
+        let mut words = [0u8; 64];
+        words[..8].copy_from_slice(&(place + 32).to_le_bytes());
+        let name = &comm[..comm.len().min(15)];
+        words[32..32 + name.len()].copy_from_slice(name);
+        OpenOptions::new()
+            .write(true)
+            .open(memory.path("mem"))?
+            .write_all_at(&words, place)?;
+        let arguments = [3, place + 16, place, 0, AT_EMPTY_PATH, 0];
+        let (thread, executed) = thread.inject_exec(at, SYS_EXECVEAT, arguments).map_err(other)?;
+        executed?;
+        thread.set_signal_mask(u64::MAX).map_err(other)?;
+        thread.detach(0).map_err(other)
+    }
+
+    /// Makes the surrogates of the children that a process left behind, under its blank, which this OS thread traces and
+    /// has stopped. `place` is memory of it that may be overwritten.
+    pub fn children(&self, maker: i32, place: u64, children: &[Child]) -> io::Result<()> {
+        for child in children {
+            if self.nest.host_pid(child.pid)?.is_some() || self.hidden.kind(child.pid) == Some(HiddenKind::Keeper) {
+                continue;
+            }
+            self.hidden.insert(child.pid, HiddenKind::Relative);
+            let manner = if child.sid == child.pid {
+                Manner::Session
+            } else if child.pgid == child.pid {
+                Manner::Group(child.pgid)
+            } else {
+                Manner::AsMaker
+            };
+            self.child_of(
+                Stopped::assume(maker),
+                (maker, Some(place)),
+                child.pid,
+                manner,
+                &child.comm,
+            )?;
+            if let Some(status) = child.ended {
+                self.end(child.pid, crate::processes::exits::decode(status))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends a surrogate as the process it stands for has ended, so that its parent's wait(2) says so.
+    pub fn end(&self, pid: Pid, status: ExitStatus) -> io::Result<()> {
+        let Some(host) = self.nest.host_pid(pid)? else {
+            return Ok(());
+        };
+        if self.hidden.kind(pid).is_none() {
+            return Err(io::Error::other(format!("process {pid} is not a surrogate")));
+        }
+        let running = Running::seize(
+            host,
+            Options {
+                suspend_seccomp: true,
+                ..Options::default()
+            },
+        )
+        .map_err(other)?;
+        let (thread, _) = running.stop(Instant::now() + PATIENCE).map_err(other)?;
+        let at = syscall_instruction(&ProcDir::process(host)).map_err(other)?;
+        let code = match status {
+            ExitStatus::Code(code) => code,
+            ExitStatus::Unknown => 0,
+            ExitStatus::Signal { signal, .. } => return die_by(thread, host, at, signal),
+        };
+        match thread.inject(at, SYS_EXIT_GROUP, [code as u64, 0, 0, 0, 0, 0]) {
+            Err(dunlin_sys::ptrace::TraceError::Gone { .. }) | Ok(_) => Ok(()),
+            Err(error) => Err(other(error)),
+        }
+    }
+
+    /// Ends surrogates of relatives that nobody here needs any more.
+    pub fn discard(&self, pid: Pid) {
+        if self.hidden.kind(pid) == Some(HiddenKind::Relative)
+            && let Ok(Some(host)) = self.nest.host_pid(pid)
+            && let Some(host) = rustix::process::Pid::from_raw(host)
+        {
+            let _ = self.nest.unregister_surrogate(pid);
+            let _ = rustix::process::kill_process(host, rustix::process::Signal::KILL);
+            self.hidden.remove(pid);
+        }
+    }
+}
+
+/// Which group and session a surrogate is put in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manner {
+    /// Those of its maker.
+    AsMaker,
+    /// It leads a session.
+    Session,
+    /// This group, in its maker's session.
+    Group(Pid),
+}
+
+/// Lets a stopped surrogate die by a signal: without a core of its own, as the core is where the process was.
+fn die_by(thread: Stopped, host: i32, at: u64, signal: i32) -> io::Result<()> {
+    let _ = dunlin_sys::inspect::set_limit(host, 4, (0, 0));
+    let place = (thread.registers().map_err(other)?.rsp - 2048) & !15;
+    OpenOptions::new()
+        .write(true)
+        .open(ProcDir::process(host).path("mem"))?
+        .write_all_at(&[0; 64], place)?;
+    let (thread, _) = thread
+        .inject(at, SYS_RT_SIGACTION, [signal as u64, place, 0, 8, 0, 0])
+        .map_err(other)?;
+    let process = rustix::process::Pid::from_raw(host).ok_or(io::ErrorKind::InvalidInput)?;
+    let signal = rustix::process::Signal::from_named_raw(signal).unwrap_or(rustix::process::Signal::KILL);
+    thread
+        .set_signal_mask(!(1u64 << (signal.as_raw() - 1)))
+        .map_err(other)?;
+    rustix::process::kill_process(process, signal)?;
+    thread.detach(0).map_err(other)
+}
+
+fn other(error: impl std::error::Error + Send + Sync + 'static) -> io::Error {
+    io::Error::other(error)
+}

@@ -1,0 +1,376 @@
+//! The mover: drives the move protocol's machines with real processes.
+//!
+//! Owns the moves under way on this node in all three roles, the images it holds, the pager, and what is known of the
+//! processes that came from elsewhere. Refuses to know how a user asks and is answered. Each move has one OS thread at
+//! its source ([`outgoing`]) and one at its destination ([`incoming`]), because ptrace is bound to threads; the home's
+//! decisions ([`decisions`]) are made where a word arrives. Invariant: whether a copy may run is said by
+//! `dunlin_cluster::relocation` alone.
+
+mod arrivals;
+mod decisions;
+mod incoming;
+mod links;
+mod outgoing;
+mod payload;
+mod progress;
+
+pub use outgoing::{MoveOutcome, Reporter};
+
+use crate::capture::freeze::Frozen;
+use crate::config::NodeConfig;
+use crate::entries::Entries;
+use crate::install::{Installer, Verdict};
+use crate::nest::{Nest, Response};
+use crate::page_server::ImageStore;
+use crate::pager::Pager;
+use crate::peers::Peers;
+use crate::processes::exits::Exits;
+use crate::processes::{Hidden, HiddenKind, Residents};
+use arrivals::Arrivals;
+use dunlin_cluster::relocation::destination::DestinationEvent;
+use dunlin_cluster::relocation::home::{Home, HomeEvent};
+use dunlin_cluster::relocation::outbox::Outbox;
+use dunlin_cluster::relocation::source::SourceEvent;
+use dunlin_cluster::relocation::{Now, stray};
+use dunlin_proto::control::ExitStatus;
+use dunlin_proto::frame;
+use dunlin_proto::ids::{Modulus, MoveId, Pid, RunId, Slot};
+use dunlin_proto::relocation::{MoveMsg, Notice, SourceToDestination};
+use dunlin_sys::procfs::ProcDir;
+use links::Links;
+use std::collections::BTreeMap;
+use std::io;
+use std::net::TcpStream;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+/// The standard streams of runs, as the mover needs them.
+pub trait Streams: Send + Sync {
+    /// Which stream of which run is this local end? (0, 1, 2, or 3 for the terminal.)
+    fn identify(&self, fd: BorrowedFd<'_>) -> Option<(RunId, u8)>;
+    /// A local end of a stream, made if need be.
+    fn open(&self, run: RunId, stream: u8) -> io::Result<OwnedFd>;
+    /// Returns when everything written into the local end has reached the origin. The writers are frozen.
+    fn settle(&self, run: RunId, stream: u8) -> io::Result<()>;
+    /// The process has left for another node; `streams` are those it used.
+    fn departed(&self, pid: Pid, streams: &[(RunId, u8)], to: Slot);
+    /// The process has come.
+    fn arrived(&self, pid: Pid, streams: &[(RunId, u8)]);
+}
+
+/// What a thread of a move is told.
+enum Word {
+    Source(SourceEvent),
+    Destination(DestinationEvent),
+}
+
+/// Everything a node needs to move processes.
+pub struct Mover {
+    /// This node.
+    pub here: Slot,
+    /// Its configuration.
+    pub config: Arc<NodeConfig>,
+    /// Its nest.
+    pub nest: Nest,
+    /// The other nodes.
+    pub peers: Arc<Peers>,
+    /// Surrogates and keepers.
+    pub hidden: Arc<Hidden>,
+    /// Processes from elsewhere.
+    pub residents: Arc<Residents>,
+    /// Who has ended.
+    pub exits: Arc<Exits>,
+    /// The images it holds.
+    pub images: ImageStore,
+    /// Serves the address spaces whose pages are elsewhere.
+    pub pager: Pager,
+    /// The surrogates of its nest.
+    pub entries: Entries,
+    streams: Arc<dyn Streams>,
+    installer: Arc<Installer>,
+    arrivals: Arrivals,
+    links: Links,
+    home: Mutex<Home>,
+    outbox: Mutex<Outbox>,
+    sources: Mutex<BTreeMap<MoveId, Sender<Word>>>,
+    destinations: Mutex<BTreeMap<MoveId, Sender<Word>>>,
+    /// Processes that a move of this node covers.
+    busy: Mutex<BTreeMap<Pid, MoveId>>,
+    started: Instant,
+    me: Weak<Mover>,
+}
+
+/// What a mover is made of.
+pub struct Parts {
+    /// The node's configuration.
+    pub config: Arc<NodeConfig>,
+    /// Its nest.
+    pub nest: Nest,
+    /// The other nodes.
+    pub peers: Arc<Peers>,
+    /// Surrogates and keepers.
+    pub hidden: Arc<Hidden>,
+    /// Processes from elsewhere.
+    pub residents: Arc<Residents>,
+    /// Who has ended.
+    pub exits: Arc<Exits>,
+    /// The standard streams of runs.
+    pub streams: Arc<dyn Streams>,
+}
+
+/// How many seccomp filters every process of a nest has: init's.
+const NEST_FILTERS: usize = 1;
+const TICK: Duration = Duration::from_millis(100);
+
+impl Mover {
+    /// A mover, with its thread that repeats what was not answered.
+    pub fn start(parts: Parts) -> io::Result<Arc<Mover>> {
+        let Parts {
+            config,
+            nest,
+            peers,
+            hidden,
+            residents,
+            exits,
+            streams,
+        } = parts;
+        let here = Slot(config.slot);
+        let modulus = Modulus(config.modulus);
+        let installer = Arc::new(Installer::new(nest.cookie(), modulus, here));
+        let ledger = decisions::recover_ledger(&nest)?;
+        let notices = decisions::recover_notices(&nest)?;
+        let mover = Arc::new_cyclic(|me| Mover {
+            here,
+            entries: Entries::new(nest.clone(), hidden.clone(), installer.clone()),
+            images: ImageStore::new(),
+            pager: Pager::new(),
+            arrivals: Arrivals::default(),
+            links: Links::new(peers.clone()),
+            home: Mutex::new(Home::restore(Duration::ZERO, modulus, here, ledger)),
+            outbox: Mutex::new(Outbox::restore(Duration::ZERO, notices)),
+            sources: Mutex::default(),
+            destinations: Mutex::default(),
+            busy: Mutex::default(),
+            started: Instant::now(),
+            me: me.clone(),
+            config,
+            nest,
+            peers,
+            hidden,
+            residents,
+            exits,
+            streams,
+            installer,
+        });
+        let weak = Arc::downgrade(&mover);
+        std::thread::Builder::new().name("mover-tick".into()).spawn(move || {
+            while let Some(mover) = weak.upgrade() {
+                mover.tick();
+                drop(mover);
+                std::thread::sleep(TICK);
+            }
+        })?;
+        mover.run_decisions();
+        Ok(mover)
+    }
+
+    /// Looks at a notification of the nest; false if it is not the mover's.
+    pub fn notified(&self, id: u64, tid: Pid, number: i64, arguments: &[u64; 6]) -> bool {
+        let listener = self.nest.listener().as_fd();
+        let response = match self.installer.notified(listener, id, tid, number, arguments) {
+            None => return false,
+            Some(Verdict::Return(value)) => Response::Value(value),
+            Some(Verdict::Fail(errno)) => Response::Errno(errno),
+        };
+        if let Err(error) = self.nest.respond(id, response) {
+            tracing::warn!(%error, "a call of a traced process could not be answered");
+        }
+        true
+    }
+
+    /// Reads the words of a peer until its connection ends.
+    pub fn serve(&self, from: Slot, mut stream: TcpStream) {
+        while let Ok(msg) = frame::read::<MoveMsg>(&mut stream) {
+            self.receive(from, msg);
+        }
+        for senders in [&self.sources, &self.destinations] {
+            let senders: Vec<Sender<Word>> = lock(senders).values().cloned().collect();
+            for sender in senders {
+                // A thread takes only the kind that is its own.
+                let _ = sender.send(Word::Source(SourceEvent::PeerLost(from)));
+                let _ = sender.send(Word::Destination(DestinationEvent::PeerLost(from)));
+            }
+        }
+    }
+
+    /// Says a word to a node, this one included.
+    fn send(&self, to: Slot, msg: MoveMsg) {
+        if to == self.here {
+            self.receive(to, msg);
+        } else {
+            self.links.send(to, &msg);
+        }
+    }
+
+    /// Takes a word to whom it is for.
+    fn receive(&self, from: Slot, msg: MoveMsg) {
+        let delivered = match &msg {
+            MoveMsg::SourceToHome(id, word) => {
+                return self.decide(HomeEvent::FromSource(from, *id, word.clone()));
+            }
+            MoveMsg::DestinationToHome(id, word) => {
+                return self.decide(HomeEvent::FromDestination(from, *id, word.clone()));
+            }
+            MoveMsg::HomeToHome(id, word) => return self.decide(HomeEvent::FromHome(from, *id, word.clone())),
+            MoveMsg::HomeToSource(id, word) => self.to_source(*id, SourceEvent::FromHome(from, word.clone())),
+            MoveMsg::DestinationToSource(id, word) => {
+                self.to_source(*id, SourceEvent::FromDestination(from, word.clone()))
+            }
+            MoveMsg::HomeToDestination(id, word) => {
+                self.to_destination(*id, DestinationEvent::FromHome(from, word.clone()))
+            }
+            MoveMsg::SourceToDestination(id, word) => {
+                let known = self.to_destination(*id, DestinationEvent::FromSource(from, word.clone()));
+                if let SourceToDestination::Propose { home, payload } = word
+                    && !known
+                    && id.source == from
+                {
+                    return self.accept_proposal(*id, *home, payload.clone());
+                }
+                known
+            }
+            MoveMsg::Notice(
+                notice @ Notice::Ended {
+                    pid,
+                    incarnation,
+                    ending,
+                },
+            ) => {
+                self.decide(HomeEvent::Ended(from, *pid, *incarnation, *ending));
+                return self.send(from, MoveMsg::Noted(*notice));
+            }
+            MoveMsg::Notice(Notice::Drained { move_id, pid }) => {
+                self.to_source(*move_id, SourceEvent::Drained(from, *pid))
+            }
+            MoveMsg::Noted(notice) => {
+                lock(&self.outbox).noted(from, *notice);
+                return self.run_outbox();
+            }
+        };
+        if !delivered {
+            let stray = stray(&msg);
+            if !stray.raise.is_empty() {
+                self.decide(HomeEvent::Raise(stray.raise));
+            }
+            if let Some(reply) = stray.reply {
+                self.send(from, reply);
+            }
+        }
+    }
+
+    fn to_source(&self, id: MoveId, event: SourceEvent) -> bool {
+        let sender = lock(&self.sources).get(&id).cloned();
+        sender.is_some_and(|s| s.send(Word::Source(event)).is_ok())
+    }
+
+    fn to_destination(&self, id: MoveId, event: DestinationEvent) -> bool {
+        let sender = lock(&self.destinations).get(&id).cloned();
+        sender.is_some_and(|s| s.send(Word::Destination(event)).is_ok())
+    }
+
+    /// Monotonic time since the mover was made, as the machines want it.
+    fn now(&self) -> Now {
+        self.started.elapsed()
+    }
+
+    /// The cluster's modulus.
+    pub fn modulus(&self) -> Modulus {
+        Modulus(self.config.modulus)
+    }
+
+    /// Clears away a process that runs elsewhere now: its memory stays with a keeper (whose host number comes back), and
+    /// of the process a surrogate where somebody here still needs its number.
+    fn leave_behind(&self, frozen: Frozen) -> io::Result<i32> {
+        let (pid, host) = (frozen.source.pid, frozen.source.host);
+        let comm = ProcDir::process(host).bytes("comm")?;
+        let left = frozen.into_image().map_err(io::Error::other)?;
+        self.hidden.insert(left.keeper, HiddenKind::Keeper);
+        let keeper = self.nest.host_pid(left.keeper)?.ok_or(io::ErrorKind::NotFound)?;
+        let kind = if self.modulus().home(pid) == Some(self.here) {
+            Some(HiddenKind::Departed)
+        } else {
+            self.has_relatives_here(host, left.keeper)
+                .then_some(HiddenKind::Relative)
+        };
+        match kind {
+            Some(kind) => {
+                self.hidden.insert(pid, kind);
+                self.entries.stay(left, pid, host, comm.trim_ascii_end())?;
+            }
+            None => left.exit().map_err(io::Error::other)?,
+        }
+        Ok(keeper)
+    }
+
+    /// Whether the process has its parent or children here, as programs and not as surrogates.
+    fn has_relatives_here(&self, host: i32, keeper: Pid) -> bool {
+        let pid_of = |status: &dunlin_sys::procfs::status::Status| status.ns_pids.last().copied().map_or(Pid(0), Pid);
+        let parent = ProcDir::process(host)
+            .status()
+            .and_then(|s| ProcDir::process(s.ppid).status());
+        let has_parent =
+            parent.is_ok_and(|p| p.ns_pids.len() > 1 && pid_of(&p).0 > 1 && self.hidden.kind(pid_of(&p)).is_none());
+        let text = ProcDir::process(host)
+            .text(&format!("task/{host}/children"))
+            .unwrap_or_default();
+        let mut children = text.split_ascii_whitespace().filter_map(|n| n.parse::<i32>().ok());
+        has_parent
+            || children.any(|child| {
+                ProcDir::process(child)
+                    .status()
+                    .is_ok_and(|s| pid_of(&s) != keeper && self.hidden.kind(pid_of(&s)).is_none())
+            })
+    }
+
+    /// Ends the surrogates of relatives that no process here needs any more.
+    fn release_relatives(&self, relatives: &[Pid]) {
+        for relative in relatives.iter().filter(|pid| !self.arrivals.needs(**pid)) {
+            self.entries.discard(*relative);
+        }
+    }
+
+    /// A process that came by a move has ended, or has not been there to be watched.
+    pub fn vanished(&self, pid: Pid) {
+        let status = self.exits.ended(pid).map_or(ExitStatus::Unknown, |ended| ended.status);
+        self.ended(pid, status);
+    }
+
+    /// A process has ended here: if it came by a move, its homes are told and what was kept for it goes.
+    pub fn ended(&self, pid: Pid, status: ExitStatus) {
+        let resident = self.residents.remove(pid);
+        let arrival = self.arrivals.remove(pid);
+        let (Some(resident), Some(arrival)) = (resident, arrival) else {
+            return;
+        };
+        self.release_relatives(&arrival.relatives);
+        self.ended_here(pid, &arrival.ids, resident.incarnation, status);
+    }
+
+    fn arc(&self) -> Arc<Mover> {
+        // The mover is only ever made inside an Arc.
+        self.me.upgrade().expect("a mover that is used is alive")
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A number that nobody has drawn before.
+fn random() -> u64 {
+    let mut bytes = [0u8; 8];
+    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    u64::from_le_bytes(bytes)
+}

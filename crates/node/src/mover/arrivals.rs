@@ -1,0 +1,57 @@
+//! What this node knows of the processes that came by a move and live here.
+//!
+//! Owns the ids they hold, the images they still need, and how far their pages have come. Refuses to act.
+
+use super::lock;
+use crate::pager::{Progress, SpaceHandle};
+use dunlin_proto::ids::{ImageId, MoveId, Pid, RunId};
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+/// A process that came by a move.
+#[derive(Clone)]
+pub struct Arrival {
+    /// Threads, group and session: ids that stay taken while it lives.
+    pub ids: Vec<Pid>,
+    /// Which move left each image that it may still need.
+    pub images: BTreeMap<ImageId, MoveId>,
+    /// Its address space, as the pager serves (or served) it.
+    pub space: SpaceHandle,
+    /// The standard streams of runs that it uses.
+    pub streams: Vec<(RunId, u8)>,
+    /// Relatives that have surrogates here for its sake.
+    pub relatives: Vec<Pid>,
+}
+
+/// All of them.
+#[derive(Default)]
+pub struct Arrivals(Mutex<BTreeMap<Pid, Arrival>>);
+
+impl Arrivals {
+    /// A process has come.
+    pub fn insert(&self, pid: Pid, arrival: Arrival) {
+        lock(&self.0).insert(pid, arrival);
+    }
+
+    /// It has left or ended.
+    pub fn remove(&self, pid: Pid) -> Option<Arrival> {
+        lock(&self.0).remove(&pid)
+    }
+
+    /// What is known of it.
+    pub fn get(&self, pid: Pid) -> Option<Arrival> {
+        lock(&self.0).get(&pid).cloned()
+    }
+
+    /// How far its pages have come.
+    pub fn progress(&self, pid: Pid) -> Option<Progress> {
+        self.get(pid).map(|arrival| arrival.space.progress())
+    }
+
+    /// Is this PID a relative of a process that lives here?
+    pub fn needs(&self, relative: Pid) -> bool {
+        lock(&self.0)
+            .values()
+            .any(|arrival| arrival.relatives.contains(&relative))
+    }
+}

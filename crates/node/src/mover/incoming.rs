@@ -1,0 +1,511 @@
+//! A move at its destination: one thread from the proposal until the home knows that the process runs.
+//!
+//! Owns the blanks while they are prepared and loaded. Refuses to decide: every step is asked for by the protocol's
+//! machine. A blank that was made for the move dies with this daemon; one that had been a surrogate becomes one again.
+
+use super::arrivals::Arrival;
+use super::payload::{self, Frozen, FrozenProcess, Prepare, Prepared, Proposal};
+use super::{Mover, NEST_FILTERS, Word, lock};
+use crate::obstacle::obstacle;
+use crate::pager::{NewSpace, SpaceHandle};
+use crate::processes::{HiddenKind, Resident};
+use crate::restore::{Blank, Common, Kit, RestoreError};
+use dunlin_cluster::page_map::PageMap;
+use dunlin_cluster::relocation::Limits;
+use dunlin_cluster::relocation::destination::{DestinationAction, DestinationEvent, DestinationMove};
+use dunlin_cluster::relocation::home::HomeEvent;
+use dunlin_proto::control::Obstacle;
+use dunlin_proto::ids::{ImageId, MoveId, Pid, RunId, Slot};
+use dunlin_proto::image::{DescriptionKind, Plan};
+use dunlin_proto::peer::{PeerReply, PeerRequest};
+use dunlin_proto::relocation::Member;
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+impl Mover {
+    /// Begins to be the destination of a move.
+    pub(super) fn accept_proposal(&self, id: MoveId, home: Slot, proposal: Vec<u8>) {
+        let (sender, words) = channel();
+        lock(&self.destinations).insert(id, sender);
+        let mover = self.arc();
+        let thread = std::thread::Builder::new().name("arrival".into()).spawn(move || {
+            let machine = DestinationMove::start(mover.here, Limits::default(), id, home, proposal);
+            Incoming::new(mover.clone(), id).go(machine, &words);
+            lock(&mover.destinations).remove(&id);
+        });
+        if let Err(error) = thread {
+            // The source hears nothing and gives up.
+            tracing::error!(%id, %error, "no thread for an arriving process");
+            lock(&self.destinations).remove(&id);
+        }
+    }
+
+    /// Could these processes be restored here?
+    pub fn examine_plans(&self, plans: &[u8]) -> Result<Vec<Obstacle>, String> {
+        let plans: Vec<Plan> = payload::decode(plans)?;
+        let root = self.nest.root().try_clone_to_owned().map_err(|e| e.to_string())?;
+        let mut obstacles = Vec::new();
+        for plan in &plans {
+            obstacles.extend(crate::restore::examine(plan, &root, &self.config.shared));
+            let pid = plan.image.lineage.pid;
+            let in_use = self.nest.host_pid(pid).map_err(|e| e.to_string())?.is_some();
+            if in_use && self.hidden.kind(pid).is_none() {
+                obstacles.push(obstacle(
+                    pid,
+                    "kernel",
+                    format_args!("PID {pid}"),
+                    "it is in use on the destination",
+                    "this should not be; please report it",
+                ));
+            }
+        }
+        Ok(obstacles)
+    }
+
+    /// How pagers reach the holders of images.
+    pub(super) fn connect(&self) -> Arc<crate::pager::Connect> {
+        let peers = self.peers.clone();
+        Arc::new(move |image: ImageId| {
+            let open = || {
+                let purpose = dunlin_proto::peer::Purpose::Pages(image);
+                peers.open(image.holder, purpose).map_err(io::Error::other)
+            };
+            Ok(crate::pager::Connections {
+                faults: open()?,
+                bulk: open()?,
+            })
+        })
+    }
+
+    /// How far the monotonic clocks of a node are ahead of ours, at most, nanoseconds.
+    fn clocks_ahead(&self, of: Slot) -> io::Result<[i64; 2]> {
+        let before = raw_clocks();
+        match self.peers.call(of, &PeerRequest::Clocks) {
+            Ok(PeerReply::Clocks(theirs)) => Ok([theirs[0] - before[0], theirs[1] - before[1]]),
+            Ok(_) => Err(io::Error::other("the source gave an answer to another question")),
+            Err(error) => Err(io::Error::other(error)),
+        }
+    }
+}
+
+/// CLOCK_MONOTONIC and CLOCK_BOOTTIME of this daemon, nanoseconds.
+pub fn raw_clocks() -> [i64; 2] {
+    use rustix::time::{ClockId, clock_gettime};
+    [ClockId::Monotonic, ClockId::Boottime].map(|clock| {
+        let now = clock_gettime(clock);
+        now.tv_sec * 1_000_000_000 + now.tv_nsec
+    })
+}
+
+/// The CPU features that programs can see.
+pub fn cpu_features() -> Vec<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = text.lines().find_map(|line| line.strip_prefix("flags"));
+    let flags = flags
+        .and_then(|line| line.split_once(':'))
+        .map_or("", |(_, flags)| flags);
+    flags.split_ascii_whitespace().map(str::to_owned).collect()
+}
+
+/// An arriving process, or tree.
+struct Incoming {
+    mover: Arc<Mover>,
+    id: MoveId,
+    common: Common,
+    prepared: Vec<Prepared>,
+    /// Which places stood for their process before.
+    stood: Vec<bool>,
+    relatives: Vec<Vec<Pid>>,
+    blanks: Vec<Blank>,
+    frozen: Vec<FrozenProcess>,
+    spaces: Vec<SpaceHandle>,
+    members: Vec<Member>,
+    event: Option<DestinationEvent>,
+}
+
+impl Incoming {
+    fn new(mover: Arc<Mover>, id: MoveId) -> Incoming {
+        Incoming {
+            mover,
+            id,
+            common: Common::default(),
+            prepared: Vec::new(),
+            stood: Vec::new(),
+            relatives: Vec::new(),
+            blanks: Vec::new(),
+            frozen: Vec::new(),
+            spaces: Vec::new(),
+            members: Vec::new(),
+            event: None,
+        }
+    }
+
+    fn go(&mut self, mut machine: DestinationMove, words: &Receiver<Word>) {
+        loop {
+            while let Some(action) = machine.poll_action() {
+                self.act(action);
+            }
+            if machine.is_ended() {
+                return;
+            }
+            let event = self
+                .event
+                .take()
+                .unwrap_or_else(|| self.wait(words, machine.next_timeout()));
+            machine.handle(self.mover.now(), event);
+        }
+    }
+
+    /// The next event. Spins when everything is prepared or loaded: the source is, or will soon be, frozen.
+    fn wait(&self, words: &Receiver<Word>, until: Option<Duration>) -> DestinationEvent {
+        let spin_until = Instant::now() + Duration::from_millis(20);
+        while !self.blanks.is_empty() && Instant::now() < spin_until {
+            if let Ok(Word::Destination(event)) = words.try_recv() {
+                return event;
+            }
+            std::hint::spin_loop();
+        }
+        let longest = Duration::from_secs(1);
+        let left = until.map_or(longest, |at| at.saturating_sub(self.mover.now()).min(longest));
+        loop {
+            match words.recv_timeout(left) {
+                Ok(Word::Destination(event)) => return event,
+                Ok(Word::Source(_)) => {}
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return DestinationEvent::Tick,
+            }
+        }
+    }
+
+    fn act(&mut self, action: DestinationAction) {
+        match action {
+            DestinationAction::Send { to, msg } => self.mover.send(to, msg),
+            DestinationAction::Check(proposal) => self.event = Some(self.check(&proposal)),
+            DestinationAction::Prepare(payload) => {
+                let done = self.prepare(&payload);
+                self.event = Some(match done {
+                    Ok(()) => DestinationEvent::Prepared(Vec::new()),
+                    Err(why) => DestinationEvent::Failed(why),
+                });
+            }
+            DestinationAction::Rebuild(members, payload) => {
+                self.members = members;
+                let done = self.rebuild(&payload);
+                self.event = Some(match done {
+                    Ok(()) => DestinationEvent::Rebuilt,
+                    Err(why) => DestinationEvent::Failed(why),
+                });
+            }
+            DestinationAction::Persist(record) => {
+                let blob = postcard::to_stdvec(&record).unwrap_or_default();
+                self.mover
+                    .log("keeping a record", self.mover.nest.store(&self.label(), &[], blob));
+            }
+            DestinationAction::Forget => {
+                self.mover.log(
+                    "dropping a record",
+                    self.mover.nest.drop_label(&self.label()).map(|_| ()),
+                );
+            }
+            DestinationAction::Resume => self.resume(),
+            DestinationAction::Destroy => self.destroy(),
+            DestinationAction::Learn(changes) => self.mover.decide(HomeEvent::Learn(changes)),
+            DestinationAction::Post { to, notice } => self.mover.post(to, notice),
+        }
+    }
+
+    fn label(&self) -> String {
+        format!("destination/{}", self.id)
+    }
+
+    fn check(&self, proposal: &[u8]) -> DestinationEvent {
+        let proposal: Proposal = match payload::decode(proposal) {
+            Ok(proposal) => proposal,
+            Err(why) => return DestinationEvent::Failed(why),
+        };
+        let root = proposal.pids.first().copied().unwrap_or(Pid(0));
+        let mut obstacles = Vec::new();
+        let here = cpu_features();
+        let missing: Vec<&String> = proposal.cpu_features.iter().filter(|f| !here.contains(f)).collect();
+        if !missing.is_empty() {
+            let words: Vec<&str> = missing.iter().map(|f| f.as_str()).collect();
+            obstacles.push(obstacle(
+                root,
+                "cpu",
+                words.join(" "),
+                "the destination's CPU lacks features that the program may use",
+                "move it to a node with the same or a newer CPU",
+            ));
+        }
+        let available = memory_available();
+        if available.is_some_and(|bytes| bytes < proposal.resident_bytes) {
+            obstacles.push(obstacle(
+                root,
+                "memory",
+                format_args!("{} MiB", proposal.resident_bytes >> 20),
+                "the destination has not so much memory left",
+                "free memory there, or choose another node",
+            ));
+        }
+        if obstacles.is_empty() {
+            DestinationEvent::Accepted(Vec::new())
+        } else {
+            DestinationEvent::Refused(obstacles)
+        }
+    }
+
+    /// Runs `work` with what a restore needs of this node.
+    fn with_kit<T>(
+        &mut self,
+        work: impl FnOnce(&mut Incoming, &mut Kit<'_>) -> Result<T, RestoreError>,
+    ) -> Result<T, String> {
+        let mover = self.mover.clone();
+        let root = mover.nest.root().try_clone_to_owned().map_err(|e| e.to_string())?;
+        let steer = |pid: Pid| -> io::Result<Box<dyn FnOnce() -> io::Result<()> + '_>> {
+            let guard = mover.nest.steer(pid)?;
+            Ok(Box::new(move || {
+                if guard.finish()? {
+                    Ok(())
+                } else {
+                    Err(io::Error::other(format!("the number {pid} was not taken")))
+                }
+            }))
+        };
+        let open_stream = |run: RunId, stream: u8| -> io::Result<OwnedFd> { mover.streams.open(run, stream) };
+        let mut kit = Kit {
+            installer: &mover.installer,
+            root,
+            shared: &mover.config.shared,
+            cookie: mover.nest.cookie(),
+            nest_filters: NEST_FILTERS,
+            steer: &steer,
+            open_stream: &open_stream,
+            common: std::mem::take(&mut self.common),
+        };
+        let done = work(self, &mut kit);
+        self.common = kit.common;
+        done.map_err(|error| error.to_string())
+    }
+
+    fn prepare(&mut self, payload: &[u8]) -> Result<(), String> {
+        let Prepare { processes } = payload::decode(payload)?;
+        let ahead = self.mover.clocks_ahead(self.id.source).map_err(|e| e.to_string())?;
+        // First all places, parents before children, while each is still a bare surrogate; then what is in them.
+        let moving: Vec<Pid> = processes.iter().map(|p| p.plan.image.lineage.pid).collect();
+        let mut places = Vec::new();
+        for process in &processes {
+            let mut lineage = process.plan.image.lineage.clone();
+            lineage.children.retain(|child| !moving.contains(&child.pid));
+            let place = self
+                .mover
+                .entries
+                .place(&lineage)
+                .map_err(|e| format!("making its entry: {e}"))?;
+            self.stood.push(place.stood_before);
+            places.push(place);
+            let mut relatives: Vec<Pid> = [lineage.ppid, lineage.pgid, lineage.sid].into();
+            relatives.retain(|pid| self.mover.hidden.kind(*pid) == Some(HiddenKind::Relative));
+            relatives.dedup();
+            self.relatives.push(relatives);
+        }
+        for (process, place) in processes.into_iter().zip(places) {
+            let offsets = [0, 1].map(|i| process.clock_offsets_ns[i] + ahead[i]);
+            let blank =
+                self.with_kit(|_, kit| Blank::prepare(place.host, !place.stood_before, &process.plan, offsets, kit))?;
+            self.blanks.push(blank);
+            self.prepared.push(process);
+        }
+        Ok(())
+    }
+
+    fn rebuild(&mut self, payload: &[u8]) -> Result<(), String> {
+        let started = Instant::now();
+        let Frozen { processes } = payload::decode(payload)?;
+        if processes.len() != self.blanks.len() {
+            return Err("the essence is not of the processes that were prepared".into());
+        }
+        for (index, process) in processes.into_iter().enumerate() {
+            self.with_kit(|this, kit| this.blanks[index].load(&process.essence, kit))?;
+            self.make_children(index, &process)?;
+            self.adopt(index, &process)?;
+            self.frozen.push(process);
+        }
+        tracing::debug!(load_us = started.elapsed().as_micros(), "loaded");
+        Ok(())
+    }
+
+    /// Surrogates of the children that stay behind, so that the process can wait for them.
+    fn make_children(&mut self, index: usize, process: &FrozenProcess) -> Result<(), String> {
+        let children = &process.essence.lineage.children;
+        if children.is_empty() {
+            return Ok(());
+        }
+        let blank = &self.blanks[index];
+        self.mover
+            .entries
+            .children(blank.host, blank.scratch(), children)
+            .map_err(|e| format!("making surrogates of its children: {e}"))?;
+        let made = children.iter().map(|c| c.pid);
+        self.relatives[index].extend(made.filter(|pid| self.mover.hidden.kind(*pid) == Some(HiddenKind::Relative)));
+        Ok(())
+    }
+
+    fn adopt(&mut self, index: usize, process: &FrozenProcess) -> Result<(), String> {
+        let image = self.prepared[index].image;
+        let blank = &self.blanks[index];
+        let (uffd, regions) = blank.pages().map_err(|e| e.to_string())?;
+        let map = page_map(process, &regions, image).map_err(|e| e.to_string())?;
+        let space = NewSpace {
+            pid: Some(blank.host),
+            uffd,
+            map,
+            connect: self.mover.connect(),
+            observer: Arc::new(()),
+            claims: None,
+        };
+        match self.mover.pager.adopt(space) {
+            Ok(handle) => {
+                self.spaces.push(handle);
+                Ok(())
+            }
+            Err((error, _)) => Err(format!("the pager could not take its memory: {error}")),
+        }
+    }
+
+    fn resume(&mut self) {
+        let started = Instant::now();
+        let blanks = std::mem::take(&mut self.blanks);
+        let mut hosts = Vec::new();
+        for (blank, process) in blanks.into_iter().zip(&self.frozen) {
+            let (pid, host) = (blank.pid, blank.host);
+            match blank.resume(&process.essence) {
+                Ok(_) => hosts.push(host),
+                Err(error) => tracing::error!(%pid, %error, "a granted process could not be resumed"),
+            }
+        }
+        self.common = Common::default();
+        tracing::debug!(resume_us = started.elapsed().as_micros(), "resumed");
+        for index in 0..self.frozen.len() {
+            self.arrive(index);
+        }
+    }
+
+    fn arrive(&mut self, index: usize) {
+        let process = &self.frozen[index];
+        let lineage = &process.essence.lineage;
+        let pid = lineage.pid;
+        let mover = &self.mover;
+        if self.stood[index] {
+            mover.log("unregistering a surrogate", mover.nest.unregister_surrogate(pid));
+        }
+        let space = self.spaces[index].clone();
+        let member = self.members.iter().find(|m| m.pid == pid);
+        let incarnation = member.map(|m| m.incarnation.next()).unwrap_or_default();
+        let streams = streams_of(process, &self.prepared[index].plan);
+        let elsewhere = {
+            let space = space.clone();
+            move || {
+                let mut by_node = BTreeMap::new();
+                if space.progress().finished.is_none() {
+                    for (image, pages) in space.pages_elsewhere() {
+                        *by_node.entry(image.holder).or_insert(0) += pages;
+                    }
+                }
+                by_node
+            }
+        };
+        mover.residents.insert(
+            pid,
+            Resident {
+                moves: lineage.moves + 1,
+                command: lineage.command.clone(),
+                incarnation,
+                frozen: false,
+                elsewhere: Arc::new(elsewhere),
+            },
+        );
+        let mut images: BTreeMap<ImageId, MoveId> = process.images.iter().copied().collect();
+        images.insert(self.prepared[index].image, self.id);
+        mover.arrivals.insert(
+            pid,
+            Arrival {
+                ids: member.map(|m| m.ids.clone()).unwrap_or_default(),
+                images,
+                space,
+                streams: streams.clone(),
+                relatives: std::mem::take(&mut self.relatives[index]),
+            },
+        );
+        mover.hidden.remove(pid);
+        match mover.nest.pidfd(pid) {
+            Ok(Some(pidfd)) => {
+                let watched = mover.exits.watch(pid, pidfd, process.essence.traits.uids[0]);
+                mover.log("watching an arrived process", watched.map(|_| ()));
+            }
+            // It has ended already: its parent here has been told by the kernel, its home is told by the tick.
+            Ok(None) => mover.vanished(pid),
+            Err(error) => tracing::error!(%pid, %error, "an arrived process cannot be watched"),
+        }
+        mover.streams.arrived(pid, &streams);
+    }
+
+    fn destroy(&mut self) {
+        for (index, blank) in std::mem::take(&mut self.blanks).into_iter().enumerate() {
+            let pid = blank.pid;
+            if self.stood[index] {
+                let restored = self.mover.entries.stand_again(blank);
+                self.mover.log("making a surrogate stand again", restored);
+            } else {
+                blank.destroy();
+                self.mover.hidden.remove(pid);
+            }
+        }
+        for relatives in std::mem::take(&mut self.relatives) {
+            self.mover.release_relatives(&relatives);
+        }
+        self.spaces.clear();
+        self.common = Common::default();
+    }
+}
+
+/// Where the pages of an arriving process are: what is still elsewhere by its own map, everything else at its source.
+fn page_map(
+    process: &FrozenProcess,
+    regions: &[(u64, u64)],
+    image: ImageId,
+) -> Result<PageMap, dunlin_cluster::page_map::MapError> {
+    let mut map = match &process.map {
+        Some(earlier) => PageMap::from_image(earlier)?,
+        None => PageMap::new(),
+    };
+    for (start, end) in regions {
+        map.cover(*start, *end)?;
+        map.back_with(*start, (end - start) / 4096, image, *start)?;
+    }
+    for run in &process.essence.hot_pages {
+        map.settle(run.address, run.bytes.len() as u64 / 4096);
+    }
+    Ok(map)
+}
+
+fn streams_of(process: &FrozenProcess, plan: &Plan) -> Vec<(RunId, u8)> {
+    let files = process.essence.files.as_ref().unwrap_or(&plan.image.files);
+    let stream = |kind: &DescriptionKind| match kind {
+        DescriptionKind::Stream { run, stream } => Some((*run, *stream)),
+        _ => None,
+    };
+    files.descriptions.iter().filter_map(|d| stream(&d.kind)).collect()
+}
+
+fn memory_available() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    line.split_ascii_whitespace()
+        .nth(1)?
+        .parse::<u64>()
+        .ok()
+        .map(|kib| kib * 1024)
+}

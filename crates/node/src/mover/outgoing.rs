@@ -1,0 +1,774 @@
+//! A move at its source: one thread from the request until the last page is fetched.
+//!
+//! Owns the processes while they are prepared, frozen and given away. Refuses to decide: every step is asked for by the
+//! protocol's machine.
+
+use super::payload::{self, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared, Proposal};
+use super::progress::{Times, phase};
+use super::{Mover, NEST_FILTERS, Word, lock, random};
+use crate::capture::freeze::Frozen;
+use crate::capture::{CaptureError, Met, Source, Surroundings};
+use crate::obstacle::obstacle;
+use crate::page_server::NewImage;
+use crate::pager::{NewSpace, Withdrawn};
+use dunlin_cluster::relocation::Limits;
+use dunlin_cluster::relocation::home::HomeEvent;
+use dunlin_cluster::relocation::source::{Plan, SourceAction, SourceEvent, SourceMove, SourceReport};
+use dunlin_proto::control::{
+    Failure, FailureKind, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, WaitFor,
+};
+use dunlin_proto::ids::{ImageId, MoveId, Pid, Slot};
+use dunlin_proto::image::{Lineage, MappingKind, Plan as ProcessPlan};
+use dunlin_proto::peer::{PeerReply, PeerRequest};
+use dunlin_proto::relocation::{Claim, Member};
+use dunlin_sys::procfs::ProcDir;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+/// What a move came to.
+#[derive(Debug)]
+pub enum MoveOutcome {
+    /// It is done, as far as was waited for.
+    Moved(Vec<MoveReport>),
+    /// It was refused before the freeze; everything runs on.
+    Refused(Vec<Obstacle>),
+    /// It failed; the message says where the process runs.
+    Failed(Failure),
+}
+
+/// Is told how a move goes; dropping the receiver does not stop it.
+pub type Reporter = Sender<Report>;
+
+/// One report.
+#[derive(Debug)]
+pub enum Report {
+    /// It goes on.
+    Progress(MoveProgress),
+    /// It is over.
+    Outcome(MoveOutcome),
+}
+
+impl Mover {
+    /// Starts a move of a process that is here. The receiver gets the progress and, last, the outcome.
+    pub fn move_out(&self, request: MoveRequest) -> std::io::Result<Receiver<Report>> {
+        let (sender, receiver) = channel();
+        let mover = self.arc();
+        let name = format!("move-{}", request.pid);
+        std::thread::Builder::new().name(name).spawn(move || {
+            if let Err(outcome) = Outgoing::run(mover, request, &sender) {
+                let _ = sender.send(Report::Outcome(outcome));
+            }
+        })?;
+        Ok(receiver)
+    }
+
+    /// What would keep a process that is here from moving, to a node or to any.
+    pub fn examine_here(&self, pid: Pid, to: Option<Slot>) -> std::io::Result<Result<Vec<Obstacle>, Failure>> {
+        let mover = self.arc();
+        // On a thread of its own: ptrace is bound to threads.
+        let thread = std::thread::Builder::new()
+            .name(format!("examine-{pid}"))
+            .spawn(move || {
+                let mut met = Vec::new();
+                let party = mover.party(pid, false)?;
+                let prepared = mover.prepare_sources(&party, &mut met);
+                match prepared {
+                    Ok(sources) => {
+                        let obstacles = to.map_or(Ok(Vec::new()), |to| mover.examine_there(&sources, to));
+                        sources.into_iter().for_each(Source::abandon);
+                        obstacles
+                    }
+                    Err(MoveOutcome::Refused(obstacles)) => Ok(obstacles),
+                    Err(MoveOutcome::Failed(failure)) => Err(failure),
+                    Err(MoveOutcome::Moved(_)) => Ok(Vec::new()),
+                }
+            })?;
+        thread
+            .join()
+            .map_err(|_| std::io::Error::other("the examination did not end well"))
+    }
+
+    /// The processes that a move covers, with their numbers on this machine, parents first.
+    fn party(&self, pid: Pid, tree: bool) -> Result<Vec<(Pid, i32)>, Failure> {
+        let nobody = || {
+            failure(
+                FailureKind::NoProcess,
+                format!("process {pid} is not on this node"),
+                None,
+            )
+        };
+        if self.hidden.kind(pid).is_some() {
+            return Err(nobody());
+        }
+        let host = self.nest.host_pid(pid).ok().flatten().ok_or_else(nobody)?;
+        let mut party = vec![(pid, host)];
+        let mut next = 0;
+        while tree && next < party.len() {
+            let children = children_of(party[next].1);
+            let news = children
+                .into_iter()
+                .filter(|(child, _)| self.hidden.kind(*child).is_none());
+            party.extend(news.collect::<Vec<_>>());
+            next += 1;
+        }
+        Ok(party)
+    }
+
+    fn prepare_sources(&self, party: &[(Pid, i32)], met: &mut Vec<Met>) -> Result<Vec<Source>, MoveOutcome> {
+        let identify = |fd: std::os::fd::BorrowedFd<'_>| self.streams.identify(fd);
+        let around = self.surroundings(&identify, party);
+        let mut sources: Vec<Source> = Vec::new();
+        let mut obstacles = Vec::new();
+        for (pid, host) in party {
+            let prepared = self
+                .lineage(*pid, *host)
+                .and_then(|lineage| Source::prepare(*host, lineage, NEST_FILTERS, &around, met));
+            match prepared {
+                Ok(source) => sources.push(source),
+                Err(CaptureError::Obstacles(more)) => obstacles.extend(more),
+                Err(error) => {
+                    sources.into_iter().for_each(Source::abandon);
+                    return Err(MoveOutcome::Failed(failure(
+                        FailureKind::MoveFailed,
+                        format!("process {pid} cannot be captured: {error}; it runs on here"),
+                        None,
+                    )));
+                }
+            }
+        }
+        for source in &sources {
+            let watched = source.is_watched() && self.arrivals.get(source.pid).is_none();
+            if watched {
+                obstacles.push(obstacle(
+                    source.pid,
+                    "memory",
+                    format_args!("process {}", source.pid),
+                    "it was forked by a process whose pages were still elsewhere, and so are some of its own",
+                    "try again when its parent's pages have come (see `pages_elsewhere` in `dunlin ps`)",
+                ));
+            }
+        }
+        if obstacles.is_empty() {
+            return Ok(sources);
+        }
+        sources.into_iter().for_each(Source::abandon);
+        Err(MoveOutcome::Refused(obstacles))
+    }
+
+    fn surroundings<'a>(
+        &self,
+        identify: &'a dyn Fn(std::os::fd::BorrowedFd<'_>) -> Option<(dunlin_proto::ids::RunId, u8)>,
+        party: &[(Pid, i32)],
+    ) -> Surroundings<'a> {
+        let moving: Vec<i32> = party.iter().map(|(_, host)| *host).collect();
+        let staying = self
+            .neighbours()
+            .into_iter()
+            .filter(|(host, pid)| !moving.contains(host) && pid.0 > 1 && self.hidden.kind(*pid).is_none());
+        Surroundings::new(identify, moving.clone(), staying.collect())
+    }
+
+    /// All processes of the nest: host numbers and PIDs.
+    fn neighbours(&self) -> Vec<(i32, Pid)> {
+        let mut found = Vec::new();
+        let mut queue = vec![self.nest.init_pid()];
+        while let Some(host) = queue.pop() {
+            for (pid, child) in children_of(host) {
+                found.push((child, pid));
+                queue.push(child);
+            }
+        }
+        found
+    }
+
+    fn lineage(&self, pid: Pid, host: i32) -> Result<Lineage, CaptureError> {
+        let dir = ProcDir::process(host);
+        let status = dir.status()?;
+        let last = |numbers: &[i32]| numbers.last().copied().map_or(Pid(0), Pid);
+        let parent = ProcDir::process(status.ppid)
+            .status()
+            .map(|s| last(&s.ns_pids))
+            .unwrap_or(Pid(1));
+        let resident = self.residents.get(pid);
+        let command = match &resident {
+            Some(resident) => resident.command.clone(),
+            None => {
+                let text = dir.bytes("cmdline")?;
+                let words: Vec<_> = text.split(|b| *b == 0).filter(|w| !w.is_empty()).collect();
+                String::from_utf8_lossy(&words.join(&b' ')).into_owned()
+            }
+        };
+        Ok(Lineage {
+            pid,
+            ppid: parent,
+            pgid: last(&status.ns_pgids),
+            sid: last(&status.ns_sids),
+            children: Vec::new(),
+            moves: resident.map_or(0, |r| r.moves),
+            command,
+        })
+    }
+
+    /// Asks the destination whether everything that the plans name is there.
+    fn examine_there(&self, sources: &[Source], to: Slot) -> Result<Vec<Obstacle>, Failure> {
+        let plans: Vec<ProcessPlan> = sources
+            .iter()
+            .map(|s| ProcessPlan {
+                file_pages: Vec::new(),
+                ..s.plan.clone()
+            })
+            .collect();
+        match self.peers.call(
+            to,
+            &PeerRequest::Examine {
+                plans: payload::encode(&plans),
+            },
+        ) {
+            Ok(PeerReply::Obstacles(obstacles)) => Ok(obstacles),
+            Ok(PeerReply::Failed(failure)) => Err(failure),
+            Ok(_) => Err(failure(
+                FailureKind::Other,
+                "the destination gave an answer to another question".into(),
+                None,
+            )),
+            Err(error) => Err(failure(FailureKind::Unreachable, error.to_string(), None)),
+        }
+    }
+}
+
+fn children_of(host: i32) -> Vec<(Pid, i32)> {
+    let dir = ProcDir::process(host);
+    let mut children = Vec::new();
+    for tid in dir.threads().unwrap_or_default() {
+        let text = dir.text(&format!("task/{tid}/children")).unwrap_or_default();
+        for child in text.split_ascii_whitespace().filter_map(|n| n.parse::<i32>().ok()) {
+            if let Ok(status) = ProcDir::process(child).status()
+                && let Some(pid) = status.ns_pids.last()
+            {
+                children.push((Pid(*pid), child));
+            }
+        }
+    }
+    children
+}
+
+fn failure(kind: FailureKind, message: String, hint: Option<&str>) -> Failure {
+    Failure {
+        kind,
+        message,
+        hint: hint.map(str::to_owned),
+    }
+}
+
+/// A move under way.
+struct Outgoing<'a> {
+    mover: Arc<Mover>,
+    request: MoveRequest,
+    plan: Plan,
+    party: Vec<(Pid, i32)>,
+    met: Vec<Met>,
+    sources: Vec<Source>,
+    frozen: Vec<Frozen>,
+    withdrawn: BTreeMap<Pid, Withdrawn>,
+    images: BTreeMap<Pid, ImageId>,
+    keepers: BTreeMap<Pid, i32>,
+    times: Times,
+    reporter: &'a Reporter,
+    told: bool,
+    events: Vec<SourceEvent>,
+    tight: bool,
+}
+
+impl<'a> Outgoing<'a> {
+    fn run(mover: Arc<Mover>, request: MoveRequest, reporter: &'a Reporter) -> Result<(), MoveOutcome> {
+        let times = Times::start();
+        let pid = request.pid;
+        let to = mover.config.slot_of(&request.to).ok_or_else(|| {
+            MoveOutcome::Failed(failure(
+                FailureKind::NoNode,
+                format!("there is no node {}", request.to),
+                None,
+            ))
+        })?;
+        let home = mover.modulus().home(pid).ok_or_else(|| {
+            MoveOutcome::Failed(failure(
+                FailureKind::Invalid,
+                format!("process {pid} belongs to its node"),
+                None,
+            ))
+        })?;
+        if to == mover.here {
+            let message = format!("process {pid} is on {} already", request.to);
+            return Err(MoveOutcome::Failed(failure(FailureKind::Invalid, message, None)));
+        }
+        let party = mover.party(pid, request.tree).map_err(MoveOutcome::Failed)?;
+        let id = MoveId {
+            source: mover.here,
+            nonce: random(),
+        };
+        mover.reserve_party(&party, id)?;
+        let plan = Plan {
+            move_id: id,
+            home,
+            destination: to,
+        };
+        let mut this = Outgoing {
+            mover: mover.clone(),
+            request,
+            plan,
+            party,
+            met: Vec::new(),
+            sources: Vec::new(),
+            frozen: Vec::new(),
+            withdrawn: BTreeMap::new(),
+            images: BTreeMap::new(),
+            keepers: BTreeMap::new(),
+            times,
+            reporter,
+            told: false,
+            events: Vec::new(),
+            tight: false,
+        };
+        let outcome = this.go();
+        lock(&mover.sources).remove(&id);
+        lock(&mover.busy).retain(|_, by| *by != id);
+        outcome
+    }
+
+    fn go(&mut self) -> Result<(), MoveOutcome> {
+        self.progress(MovePhase::Propose);
+        let (sender, words) = channel();
+        lock(&self.mover.sources).insert(self.plan.move_id, sender);
+        self.mover.links.warm(self.plan.destination);
+        self.sources = self.mover.prepare_sources(&self.party, &mut self.met)?;
+        match self.mover.examine_there(&self.sources, self.plan.destination) {
+            Ok(obstacles) if obstacles.is_empty() => {}
+            refused => {
+                self.sources.drain(..).for_each(Source::abandon);
+                return Err(match refused {
+                    Ok(obstacles) => MoveOutcome::Refused(obstacles),
+                    Err(failure) => MoveOutcome::Failed(failure),
+                });
+            }
+        }
+        let claims = {
+            let home = lock(&self.mover.home);
+            let claim = |pid: &Pid| Claim {
+                pid: *pid,
+                incarnation: home.table().incarnation(*pid),
+            };
+            self.party.iter().map(|(pid, _)| claim(pid)).collect::<Vec<_>>()
+        };
+        let proposal = payload::encode(&Proposal {
+            pids: self.party.iter().map(|(pid, _)| *pid).collect(),
+            resident_bytes: self.sources.iter().map(|s| s.plan.resident_bytes).sum(),
+            cpu_features: super::incoming::cpu_features(),
+        });
+        let mut machine = SourceMove::start(self.mover.now(), self.plan, Limits::default(), claims, proposal);
+        let mut last_report = Instant::now();
+        loop {
+            while let Some(action) = machine.poll_action() {
+                self.act(action)?;
+            }
+            if machine.is_ended() {
+                return Ok(());
+            }
+            let event = match self.events.pop() {
+                Some(event) => event,
+                None => self.wait(&words, machine.next_timeout()),
+            };
+            machine.handle(self.mover.now(), event);
+            if self.times.resumed.is_some() && !self.told && last_report.elapsed() > Duration::from_millis(100) {
+                last_report = Instant::now();
+                self.report_drain();
+            }
+        }
+    }
+
+    /// The next event. Spins while the process is frozen: a blocking wait costs a cross-CPU wake.
+    fn wait(&self, words: &Receiver<Word>, until: Option<Duration>) -> SourceEvent {
+        let spin_until = Instant::now() + Duration::from_millis(5);
+        while self.tight && Instant::now() < spin_until {
+            if let Ok(Word::Source(event)) = words.try_recv() {
+                return event;
+            }
+            std::hint::spin_loop();
+        }
+        let draining = self.times.resumed.is_some() && !self.told;
+        let longest = if draining {
+            Duration::from_millis(100)
+        } else {
+            Duration::from_secs(1)
+        };
+        let left = until.map_or(longest, |at| at.saturating_sub(self.mover.now()).min(longest));
+        loop {
+            match words.recv_timeout(left) {
+                Ok(Word::Source(event)) => return event,
+                Ok(Word::Destination(_)) => {}
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return SourceEvent::Tick,
+            }
+        }
+    }
+
+    fn act(&mut self, action: SourceAction) -> Result<(), MoveOutcome> {
+        match action {
+            SourceAction::Send { to, msg } => self.mover.send(to, msg),
+            SourceAction::Prepare(_) => {
+                self.progress(MovePhase::Prepare);
+                let payload = self.prepare_payload();
+                self.events.push(SourceEvent::Prepared(payload));
+            }
+            SourceAction::ReadyToFreeze(_) => self.events.push(SourceEvent::Freeze),
+            SourceAction::Persist(record) => {
+                let blob = postcard::to_stdvec(&record).unwrap_or_default();
+                self.mover
+                    .log("keeping a record", self.mover.nest.store(&self.label(), &[], blob));
+            }
+            SourceAction::Forget => {
+                self.mover.log(
+                    "dropping a record",
+                    self.mover.nest.drop_label(&self.label()).map(|_| ()),
+                );
+            }
+            SourceAction::Freeze => {
+                self.progress(MovePhase::Freeze);
+                let event = match self.freeze() {
+                    Ok((members, payload)) => SourceEvent::Frozen(members, payload),
+                    Err(error) => {
+                        self.thaw();
+                        SourceEvent::Failed(error.to_string())
+                    }
+                };
+                self.events.push(event);
+            }
+            SourceAction::Thaw => self.thaw(),
+            SourceAction::MakeImage => self.make_images(),
+            SourceAction::ForgetImage(pid) => self.forget_image(pid),
+            SourceAction::Learn(changes) => self.mover.decide(HomeEvent::Learn(changes)),
+            SourceAction::Raise(claims) => self.mover.decide(HomeEvent::Raise(claims)),
+            SourceAction::Report(report) => self.reported(report)?,
+        }
+        Ok(())
+    }
+
+    fn reported(&mut self, report: SourceReport) -> Result<(), MoveOutcome> {
+        match report {
+            SourceReport::Failed(why) => {
+                self.sources.drain(..).for_each(Source::abandon);
+                let message = format!(
+                    "process {} was not moved: {why}; it runs on {}",
+                    self.request.pid, self.mover.config.name
+                );
+                self.finish(MoveOutcome::Failed(failure(FailureKind::MoveFailed, message, None)));
+            }
+            SourceReport::Committed => self.progress(MovePhase::Commit),
+            SourceReport::Resumed => {
+                self.tight = false;
+                self.times.resumed = Some(Instant::now());
+                self.progress(MovePhase::Resume);
+                if self.request.wait == WaitFor::Resumed {
+                    self.finish_moved();
+                }
+            }
+            SourceReport::Drained => {
+                self.times.drained = Some(Instant::now());
+                self.finish_moved();
+            }
+        }
+        Ok(())
+    }
+
+    fn finish_moved(&mut self) {
+        let reports = self.party.iter().map(|(pid, _)| {
+            let drain = self.mover.drain_of(*pid, self.plan.destination);
+            self.mover.report(
+                *pid,
+                self.plan.destination,
+                self.request.mode,
+                &self.times,
+                drain.as_ref(),
+                None,
+            )
+        });
+        let reports = reports.collect();
+        self.finish(MoveOutcome::Moved(reports));
+    }
+
+    fn finish(&mut self, outcome: MoveOutcome) {
+        if !std::mem::replace(&mut self.told, true) {
+            let _ = self.reporter.send(Report::Outcome(outcome));
+        }
+    }
+
+    fn report_drain(&self) {
+        if let Some(drain) = self.mover.drain_of(self.request.pid, self.plan.destination) {
+            let _ = self.reporter.send(Report::Progress(MoveProgress {
+                pid: self.request.pid,
+                phase: MovePhase::Drain,
+                pages_left: drain.pages_left,
+                pages_total: drain.pages_total,
+                bytes_per_second: drain.bytes_per_second,
+            }));
+        }
+    }
+
+    fn progress(&self, at: MovePhase) {
+        let _ = self.reporter.send(Report::Progress(phase(self.request.pid, at)));
+    }
+
+    fn label(&self) -> String {
+        format!("source/{}", self.plan.move_id)
+    }
+
+    fn prepare_payload(&mut self) -> Vec<u8> {
+        let processes = self.sources.iter().map(|source| {
+            let image = ImageId {
+                holder: self.mover.here,
+                nonce: random(),
+            };
+            self.images.insert(source.pid, image);
+            Prepared {
+                plan: source.plan.clone(),
+                image,
+                clock_offsets_ns: source.clock_offsets(),
+            }
+        });
+        payload::encode(&Prepare {
+            processes: processes.collect(),
+        })
+    }
+
+    fn freeze(&mut self) -> Result<(Vec<Member>, Vec<u8>), CaptureError> {
+        let started = Instant::now();
+        for source in self.sources.drain(..).collect::<Vec<_>>() {
+            match source.freeze() {
+                Ok(frozen) => {
+                    self.times.frozen.get_or_insert(frozen.since);
+                    self.frozen.push(frozen);
+                }
+                Err((source, error)) => {
+                    source.abandon();
+                    return Err(error);
+                }
+            }
+        }
+        self.tight = true;
+        let stopped = Instant::now();
+        let mover = self.mover.clone();
+        let identify = |fd: std::os::fd::BorrowedFd<'_>| mover.streams.identify(fd);
+        let around = mover.surroundings(&identify, &self.party);
+        let mut processes = Vec::new();
+        let mut members = Vec::new();
+        let mut frozen_all = std::mem::take(&mut self.frozen);
+        for frozen in &mut frozen_all {
+            let captured = self.capture(frozen, &around);
+            match captured {
+                Ok((member, process)) => {
+                    members.push(member);
+                    processes.push(process);
+                }
+                Err(error) => {
+                    self.frozen = frozen_all;
+                    return Err(error);
+                }
+            }
+        }
+        self.frozen = frozen_all;
+        let captured = Instant::now();
+        for frozen in &mut self.frozen {
+            frozen.park()?;
+        }
+        let payload = payload::encode(&FrozenPayload { processes });
+        self.times.essence_bytes = payload.len() as u64;
+        tracing::debug!(
+            stop_us = (stopped - started).as_micros(),
+            capture_us = (captured - stopped).as_micros(),
+            park_us = captured.elapsed().as_micros(),
+            bytes = payload.len(),
+            "frozen"
+        );
+        Ok((members, payload))
+    }
+
+    fn capture(
+        &mut self,
+        frozen: &mut Frozen,
+        around: &Surroundings<'_>,
+    ) -> Result<(Member, FrozenProcess), CaptureError> {
+        let pid = frozen.source.pid;
+        for (run, stream) in frozen.source.streams() {
+            self.mover.streams.settle(run, stream)?;
+        }
+        let mut essence = frozen.essence(around, &mut self.met)?;
+        let moving: Vec<Pid> = self.party.iter().map(|(pid, _)| *pid).collect();
+        essence.lineage.children.retain(|child| {
+            !moving.contains(&child.pid)
+                && self.mover.hidden.kind(child.pid) != Some(crate::processes::HiddenKind::Keeper)
+        });
+        let arrival = self.mover.arrivals.get(pid);
+        let mut map = None;
+        let mut images = Vec::new();
+        if let Some(arrival) = &arrival
+            && let Ok(withdrawn) = arrival.space.withdraw()
+        {
+            map = Some(withdrawn.map.to_image());
+            images = arrival.images.iter().map(|(image, by)| (*image, *by)).collect();
+            self.withdrawn.insert(pid, withdrawn);
+        }
+        if let Some(image) = self.images.get(&pid) {
+            let memory = frozen.memory()?;
+            self.mover.images.register(NewImage {
+                id: *image,
+                mem: memory.memory,
+                pagemap: memory.pagemap,
+                keeper: None,
+                regions: regions(&frozen.source.plan),
+                on_unused: self.on_unused(pid),
+            });
+        }
+        let mut ids = frozen.tids();
+        ids.retain(|tid| *tid != pid);
+        ids.extend(
+            [essence.lineage.pgid, essence.lineage.sid]
+                .into_iter()
+                .filter(|id| *id != pid && id.0 > 100),
+        );
+        ids.sort_unstable();
+        ids.dedup();
+        let left_by = images.iter().map(|(_, by)| *by).collect();
+        let member = lock(&self.mover.home).table().member(pid, ids, left_by);
+        Ok((member, FrozenProcess { essence, map, images }))
+    }
+
+    fn on_unused(&self, pid: Pid) -> Box<dyn FnOnce(ImageId) + Send> {
+        let mover = self.mover.clone();
+        let (id, destination) = (self.plan.move_id, self.plan.destination);
+        Box::new(move |_| {
+            mover.to_source(id, SourceEvent::Drained(destination, pid));
+        })
+    }
+
+    fn thaw(&mut self) {
+        self.tight = false;
+        for image in self.images.values() {
+            self.mover.images.remove(*image);
+        }
+        for frozen in self.frozen.drain(..) {
+            let pid = frozen.source.pid;
+            // The pager must serve again before the program can fault again.
+            if let Some(withdrawn) = self.withdrawn.remove(&pid) {
+                self.mover.adopt_again(pid, withdrawn);
+            }
+            if let Err(error) = frozen.thaw() {
+                tracing::error!(%pid, %error, "a process could not be let run on");
+            }
+        }
+        self.sources.drain(..).for_each(Source::abandon);
+    }
+
+    fn make_images(&mut self) {
+        let to = self.plan.destination;
+        for frozen in std::mem::take(&mut self.frozen) {
+            let pid = frozen.source.pid;
+            let streams = frozen.source.streams();
+            self.mover.exits.left(pid);
+            match self.mover.leave_behind(frozen) {
+                Ok(keeper) => {
+                    self.keepers.insert(pid, keeper);
+                }
+                Err(error) => tracing::error!(%pid, %error, "a departed process was not cleared away"),
+            }
+            self.mover.streams.departed(pid, &streams, to);
+            self.mover.residents.remove(pid);
+            if let Some(arrival) = self.mover.arrivals.remove(pid) {
+                self.mover.release_relatives(&arrival.relatives);
+            }
+            // The new node has claimed the older images by now, or will be told of them by its own map.
+            if let Some(withdrawn) = self.withdrawn.remove(&pid) {
+                self.mover.hand_over(withdrawn);
+            }
+        }
+    }
+
+    fn forget_image(&mut self, pid: Pid) {
+        if let Some(image) = self.images.get(&pid) {
+            self.mover.images.remove(*image);
+        }
+        if let Some(keeper) = self.keepers.remove(&pid)
+            && let Some(keeper) = rustix::process::Pid::from_raw(keeper)
+        {
+            let _ = rustix::process::kill_process(keeper, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+/// What of a process's memory is served on demand: first addresses and numbers of pages.
+fn regions(plan: &ProcessPlan) -> Vec<(u64, u64)> {
+    let anonymous = plan
+        .image
+        .space
+        .mappings
+        .iter()
+        .filter(|m| m.kind == MappingKind::Anonymous);
+    anonymous.map(|m| (m.start, (m.end - m.start) / 4096)).collect()
+}
+
+impl Mover {
+    fn reserve_party(&self, party: &[(Pid, i32)], id: MoveId) -> Result<(), MoveOutcome> {
+        let mut busy = lock(&self.busy);
+        for (pid, _) in party {
+            if let Some(other) = busy.get(pid) {
+                let message = format!("process {pid} is already being moved ({other})");
+                let hint = Some("wait for that move to end");
+                return Err(MoveOutcome::Failed(failure(FailureKind::Invalid, message, hint)));
+            }
+        }
+        busy.extend(party.iter().map(|(pid, _)| (*pid, id)));
+        Ok(())
+    }
+
+    /// Serves a space again whose move was given up.
+    fn adopt_again(&self, pid: Pid, withdrawn: Withdrawn) {
+        let Withdrawn {
+            pid: host,
+            uffd,
+            map,
+            claims,
+        } = withdrawn;
+        let space = NewSpace {
+            pid: host,
+            uffd,
+            map,
+            connect: self.connect(),
+            observer: Arc::new(()),
+            claims: Some(claims),
+        };
+        match self.pager.adopt(space) {
+            Ok(handle) => {
+                if let Some(mut arrival) = self.arrivals.get(pid) {
+                    arrival.space = handle;
+                    self.arrivals.insert(pid, arrival);
+                }
+            }
+            Err((error, space)) => {
+                tracing::error!(%pid, %error, "the pager could not take a space back: the process waits");
+                // Without its userfaultfd the program would read zeros: better that it waits for ever.
+                std::mem::forget(space);
+            }
+        }
+    }
+
+    /// Keeps a withdrawn space's claims until its new node has had time to claim the images itself.
+    fn hand_over(&self, withdrawn: Withdrawn) {
+        const GRACE: Duration = Duration::from_secs(30);
+        let keep = std::thread::Builder::new().name("hand-over".into()).spawn(move || {
+            std::thread::sleep(GRACE);
+            drop(withdrawn);
+        });
+        if let Err(error) = keep {
+            tracing::error!(%error, "older images may be released too early");
+        }
+    }
+}

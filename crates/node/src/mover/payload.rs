@@ -1,0 +1,65 @@
+//! What source and destination put into the payloads of a move's messages.
+//!
+//! Owns these types; the protocol passes them through unread.
+
+use dunlin_proto::ids::{ImageId, MoveId, Pid};
+use dunlin_proto::image::{Essence, Plan};
+use dunlin_proto::pages::MapImage;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+/// For the destination to prepare from: one per process, parents first.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Prepare {
+    /// The processes.
+    pub processes: Vec<Prepared>,
+}
+
+/// One process of a [`Prepare`].
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Prepared {
+    /// What it is.
+    pub plan: Plan,
+    /// Under which name its pages will be served.
+    pub image: ImageId,
+    /// How far its time namespace's monotonic clocks are from those of its node, nanoseconds.
+    pub clock_offsets_ns: [i64; 2],
+}
+
+/// What travels inside the freeze: one per process, in the same order.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Frozen {
+    /// The processes.
+    pub processes: Vec<FrozenProcess>,
+}
+
+/// One process of a [`Frozen`].
+#[derive(Debug, Serialize, Deserialize)]
+pub struct FrozenProcess {
+    /// What it is now.
+    pub essence: Essence,
+    /// Where its pages are, if some were still elsewhere.
+    pub map: Option<MapImage>,
+    /// Which move left each image that the map names.
+    pub images: Vec<(ImageId, MoveId)>,
+}
+
+/// Which processes are proposed, for the destination's first look.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Proposal {
+    /// The processes, the root first.
+    pub pids: Vec<Pid>,
+    /// Their resident memory.
+    pub resident_bytes: u64,
+    /// CPU features that the source has.
+    pub cpu_features: Vec<String>,
+}
+
+/// Postcard bytes of a payload. A payload always encodes.
+pub fn encode<T: Serialize>(payload: &T) -> Vec<u8> {
+    postcard::to_stdvec(payload).unwrap_or_default()
+}
+
+/// A payload from a peer.
+pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    postcard::from_bytes(bytes).map_err(|e| format!("a payload does not parse: {e}"))
+}

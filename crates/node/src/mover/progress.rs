@@ -1,0 +1,110 @@
+//! How far a move has got, for whoever asked for it.
+//!
+//! Owns the times and counts of one move at its source. Refuses to print.
+
+use super::Mover;
+use dunlin_proto::control::{MoveMode, MovePhase, MoveProgress, MoveReport, Quantiles};
+use dunlin_proto::ids::{Pid, Slot};
+use dunlin_proto::peer::{Drain, PeerReply, PeerRequest};
+use std::time::Instant;
+
+/// The clock of one move.
+#[derive(Debug, Clone)]
+pub struct Times {
+    /// The request came.
+    pub asked: Instant,
+    /// The freeze began.
+    pub frozen: Option<Instant>,
+    /// It runs on the new node.
+    pub resumed: Option<Instant>,
+    /// The last page has come.
+    pub drained: Option<Instant>,
+    /// What travelled inside the freeze.
+    pub essence_bytes: u64,
+}
+
+impl Times {
+    /// A move is asked for.
+    pub fn start() -> Times {
+        Times {
+            asked: Instant::now(),
+            frozen: None,
+            resumed: None,
+            drained: None,
+            essence_bytes: 0,
+        }
+    }
+}
+
+impl Mover {
+    /// What the destination says of the drain of a process that went there.
+    pub(super) fn drain_of(&self, pid: Pid, at: Slot) -> Option<Drain> {
+        match self.peers.call(at, &PeerRequest::Drain { pid }) {
+            Ok(PeerReply::Drain(drain)) => drain,
+            _ => None,
+        }
+    }
+
+    /// What this node knows of the drain of a process that came here.
+    pub fn drain_here(&self, pid: Pid) -> Option<Drain> {
+        let progress = self.arrivals.progress(pid)?;
+        Some(Drain {
+            pages_total: progress.pages_total,
+            pages_left: progress.pages_left,
+            pages_faulted: progress.pages_faulted,
+            pages_pushed: progress.pages_pushed,
+            bytes_per_second: progress.bytes_per_second as u64,
+            fault_us: progress.fault_us,
+            finished: progress.finished.is_some(),
+        })
+    }
+
+    /// A move's report.
+    pub(super) fn report(
+        &self,
+        pid: Pid,
+        to: Slot,
+        mode: MoveMode,
+        times: &Times,
+        drain: Option<&Drain>,
+        verified_pages: Option<u64>,
+    ) -> MoveReport {
+        let millis = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64() * 1e3,
+            _ => 0.0,
+        };
+        let (faulted, pushed) = drain.map_or((0, 0), |d| (d.pages_faulted, d.pages_pushed));
+        let all = faulted + pushed;
+        MoveReport {
+            pid,
+            from: self.config.name.clone(),
+            to: self.config.name_of(to),
+            mode,
+            freeze_ms: millis(times.frozen, times.resumed),
+            essence_bytes: times.essence_bytes,
+            prepare_ms: millis(Some(times.asked), times.frozen),
+            resumed_ms: millis(Some(times.asked), times.resumed),
+            drained_ms: times.drained.map(|at| millis(Some(times.asked), Some(at))),
+            pages_faulted: faulted,
+            pages_pushed: pushed,
+            faults_avoided_ratio: if all == 0 {
+                1.0
+            } else {
+                1.0 - faulted as f64 / all as f64
+            },
+            fault_us: drain.map_or(Quantiles::default(), |d| d.fault_us),
+            verified_pages,
+        }
+    }
+}
+
+/// Progress of a phase that has no pages.
+pub fn phase(pid: Pid, phase: MovePhase) -> MoveProgress {
+    MoveProgress {
+        pid,
+        phase,
+        pages_left: 0,
+        pages_total: 0,
+        bytes_per_second: 0,
+    }
+}

@@ -1,0 +1,311 @@
+//! One address space: its events, its faults, and the installation of pages.
+//!
+//! Invariants: a page is settled in the map only after the kernel has it; an installation that the kernel refuses
+//! because the space is changing is decided again after the events have been read, never repeated blindly; every thread
+//! that waits is woken by an installation or by a wake.
+
+use super::stats::Shared;
+use dunlin_cluster::page_map::{PAGE, PageMap, Place, Want};
+use dunlin_proto::ids::ImageId;
+use dunlin_sys::uffd::{Event, Installed, Stop, Uffd, UffdError};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+/// So many pages of zeros are installed around one that is wanted.
+const ZERO_CLUSTER: u64 = 16;
+/// The first and the largest number of pages fetched ahead of a fault.
+const AHEAD: (u64, u64) = (8, 256);
+
+/// One address space.
+pub(super) struct Space {
+    pub(super) uffd: Uffd,
+    pub(super) map: PageMap,
+    pub(super) shared: Arc<Shared>,
+    /// Pages that threads wait for, and since when.
+    waiting: BTreeMap<u64, Instant>,
+    /// Some that wait may be answered without any store.
+    pub(super) recheck: bool,
+    ahead: Ahead,
+    /// Counts the changes of the space that have been applied.
+    changes: u64,
+    /// This page was in no registered mapping when the space had changed so many times.
+    strike: Option<(u64, u64)>,
+}
+
+/// How an installation or a resolution ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// There is nothing left to do.
+    Done,
+    /// The space is changing: read events, then decide again.
+    Changing,
+    /// The space is gone.
+    Gone,
+}
+
+/// What a fault needs.
+pub(super) enum Need {
+    /// Nothing (or a recheck later).
+    Nothing,
+    /// This page; `asked` if it is on its way.
+    Page { image: ImageId, source: u64, asked: bool },
+    /// The space is gone.
+    Gone,
+}
+
+/// What came out of the userfaultfd.
+#[derive(Default)]
+pub(super) struct Happened {
+    /// Pages that threads wait for.
+    pub(super) faults: Vec<u64>,
+    /// Children, each with its map.
+    pub(super) children: Vec<(Uffd, PageMap)>,
+    /// How many messages there were.
+    pub(super) messages: usize,
+}
+
+/// Reads ahead of sequential faults, twice as far each time.
+#[derive(Default)]
+struct Ahead {
+    end: u64,
+    pages: u64,
+}
+
+impl Space {
+    pub(super) fn new(uffd: Uffd, map: PageMap, shared: Arc<Shared>) -> Space {
+        Space {
+            uffd,
+            map,
+            shared,
+            waiting: BTreeMap::new(),
+            recheck: false,
+            ahead: Ahead::default(),
+            changes: 0,
+            strike: None,
+        }
+    }
+
+    /// Reads a batch of messages and applies the changes among them, in order and before the faults: the kernel hands
+    /// out faults first, even those that follow from a change.
+    pub(super) fn read_events(&mut self) -> Result<Happened, UffdError> {
+        let mut events = Vec::new();
+        let mut happened = Happened {
+            messages: self.uffd.read(&mut events)?,
+            ..Happened::default()
+        };
+        let now = Instant::now();
+        let mut faults = Vec::new();
+        for event in events {
+            match event {
+                Event::Fault { address, .. } => faults.push(address & !(PAGE - 1)),
+                Event::Fork { child } => {
+                    self.changes += 1;
+                    happened.children.push((child, self.map.clone()));
+                }
+                Event::Remap { from, to, len } => {
+                    self.changes += 1;
+                    self.map.remap(from, to, len);
+                    self.wake_range(from, from.saturating_add(len));
+                }
+                Event::Remove { start, end } => {
+                    self.changes += 1;
+                    self.map.settle(start, (end - start) / PAGE);
+                    self.recheck = true;
+                }
+                Event::Unmap { start, end } => {
+                    self.changes += 1;
+                    self.map.unmap(start, end);
+                    self.wake_range(start, end);
+                }
+            }
+        }
+        for page in faults {
+            self.waiting.entry(page).or_insert(now);
+            happened.faults.push(page);
+        }
+        Ok(happened)
+    }
+
+    /// Whoever waits in a range that is no longer what it was tries again and finds out.
+    fn wake_range(&mut self, start: u64, end: u64) {
+        let pages: Vec<u64> = self.waiting.range(start..end).map(|(page, _)| *page).collect();
+        for page in pages {
+            self.give_up_on(page);
+        }
+    }
+
+    /// Lets those who wait for a page try again. They fault once more if they still need it.
+    fn give_up_on(&mut self, page: u64) {
+        self.waiting.remove(&page);
+        // It fails only if the space is gone, and then nobody waits.
+        let _ = self.uffd.wake(page, PAGE);
+    }
+
+    /// Answers a fault, or says what it needs.
+    pub(super) fn resolve(&mut self, page: u64) -> Result<Need, UffdError> {
+        match self.map.lookup(page) {
+            Place::Away { image, source, asked } => Ok(Need::Page { image, source, asked }),
+            Place::NotAway => Ok(match self.zero(page)? {
+                Outcome::Done => Need::Nothing,
+                Outcome::Changing => {
+                    self.recheck = true;
+                    Need::Nothing
+                }
+                Outcome::Gone => Need::Gone,
+            }),
+        }
+    }
+
+    /// Those who wait for pages.
+    pub(super) fn waiting(&self) -> impl Iterator<Item = u64> + '_ {
+        self.waiting.keys().copied()
+    }
+
+    pub(super) fn has_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// A page that is not elsewhere is wanted: the kernel knows whether it is here (then it says so) or zeros.
+    fn zero(&mut self, page: u64) -> Result<Outcome, UffdError> {
+        let mut pages = self.map.not_away_run(page, ZERO_CLUSTER).max(1);
+        loop {
+            let Installed { bytes, stopped } = self.uffd.zero(page, pages * PAGE)?;
+            if bytes >= PAGE {
+                self.waiting.remove(&page);
+                self.shared.zeroed.fetch_add(bytes / PAGE, Ordering::Relaxed);
+                return Ok(Outcome::Done);
+            }
+            match stopped {
+                Some(Stop::Gone) => return Ok(Outcome::Gone),
+                Some(Stop::Changing) => return Ok(Outcome::Changing),
+                // The cluster may cross the end of a mapping.
+                Some(Stop::NotRegistered) if pages > 1 => pages = 1,
+                Some(Stop::NotRegistered) if !self.strikes(page) => return Ok(Outcome::Changing),
+                Some(Stop::NotRegistered | Stop::Exists) | None => {
+                    self.give_up_on(page);
+                    return Ok(Outcome::Done);
+                }
+            }
+        }
+    }
+
+    /// ENOENT can come before the event that explains it. Only if it comes again, and no change was read between, is
+    /// the page truly in no mapping of ours: while an event is unread the kernel answers EAGAIN first.
+    fn strikes(&mut self, page: u64) -> bool {
+        let this = Some((page, self.changes));
+        let twice = self.strike == this;
+        self.strike = if twice { None } else { this };
+        twice
+    }
+
+    /// Installs what arrived, as far as this space still lacks it. `data` holds the pages of `present` one after
+    /// another.
+    pub(super) fn install(&mut self, want: Want, present: u64, data: &[u8]) -> Result<Outcome, UffdError> {
+        for target in self.map.targets(want) {
+            let mut done = 0;
+            while done < target.pages {
+                let bit = target.bit + done as u32;
+                let address = target.address + done * PAGE;
+                let here = present >> bit;
+                let run = if here & 1 == 1 {
+                    here.trailing_ones()
+                } else {
+                    here.trailing_zeros()
+                };
+                let run = u64::from(run).min(target.pages - done);
+                if here & 1 == 1 {
+                    let before = (present & ((1 << bit) - 1)).count_ones() as usize;
+                    let data = &data[before * PAGE as usize..][..(run * PAGE) as usize];
+                    match self.copy(address, data)? {
+                        Outcome::Done => {}
+                        other => return Ok(other),
+                    }
+                } else {
+                    self.map.settle(address, run);
+                    self.recheck = true;
+                }
+                done += run;
+            }
+        }
+        Ok(Outcome::Done)
+    }
+
+    fn copy(&mut self, address: u64, data: &[u8]) -> Result<Outcome, UffdError> {
+        // So much at once; less after the kernel said that a mapping ends inside.
+        let mut chunk = data.len();
+        let mut done = 0;
+        while done < data.len() {
+            let at = address + done as u64;
+            let part = &data[done..(done + chunk).min(data.len())];
+            let Installed { bytes, stopped } = self.uffd.copy(at, part)?;
+            if bytes > 0 {
+                self.settle_installed(at, bytes / PAGE);
+                done += bytes as usize;
+                // A partial copy does not say why it stopped; going on does.
+                continue;
+            }
+            match stopped {
+                Some(Stop::Gone) => return Ok(Outcome::Gone),
+                Some(Stop::Changing) => return Ok(Outcome::Changing),
+                Some(Stop::NotRegistered) if part.len() > PAGE as usize => {
+                    chunk = (part.len() / PAGE as usize / 2).max(1) * PAGE as usize;
+                }
+                Some(Stop::NotRegistered) if !self.strikes(at) => return Ok(Outcome::Changing),
+                // It is here already (a guard page, for one), or can never be: nobody waits for this copy.
+                Some(Stop::NotRegistered | Stop::Exists) | None => {
+                    self.map.settle(at, 1);
+                    self.give_up_on(at);
+                    done += PAGE as usize;
+                    chunk = data.len();
+                }
+            }
+        }
+        Ok(Outcome::Done)
+    }
+
+    fn settle_installed(&mut self, address: u64, pages: u64) {
+        self.map.settle(address, pages);
+        let end = address + pages * PAGE;
+        let mut faulted = 0;
+        while let Some((&page, since)) = self.waiting.range(address..end).next() {
+            self.shared.waits.record(since.elapsed());
+            self.waiting.remove(&page);
+            faulted += 1;
+        }
+        self.shared.faulted.fetch_add(faulted, Ordering::Relaxed);
+        self.shared.pushed.fetch_add(pages - faulted, Ordering::Relaxed);
+    }
+
+    /// How many pages to fetch along with the one at `page`.
+    pub(super) fn read_ahead(&mut self, page: u64) -> u64 {
+        let next = self.ahead.end..=self.ahead.end + AHEAD.1 * PAGE;
+        let before = self.ahead.end.saturating_sub(AHEAD.1 * PAGE)..self.ahead.end;
+        let pages = if next.contains(&page) {
+            (self.ahead.pages * 2).min(AHEAD.1)
+        } else if before.contains(&page) && self.ahead.pages > 0 {
+            // Still inside what is on its way.
+            return self.ahead.end.saturating_sub(page) / PAGE;
+        } else {
+            AHEAD.0
+        };
+        self.ahead = Ahead {
+            end: page + (pages + 1) * PAGE,
+            pages,
+        };
+        pages
+    }
+
+    /// Stops watching, all pages being here. What grew unseen (a stack, an mremap) is unwatched when the last
+    /// descriptor of this userfaultfd is closed.
+    pub(super) fn unregister(&self) {
+        debug_assert!(self.map.is_drained());
+        for (start, pages) in self.map.regions() {
+            // A region that is no longer mapped as a whole is left to the close.
+            if let Err(error) = self.uffd.unregister(start, pages * PAGE) {
+                tracing::debug!(%error, "left to the close of the userfaultfd");
+            }
+        }
+    }
+}
