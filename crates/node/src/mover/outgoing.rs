@@ -278,6 +278,8 @@ struct Outgoing<'a> {
     reporter: &'a Reporter,
     told: bool,
     events: Vec<SourceEvent>,
+    early: Vec<SourceEvent>,
+    imaged: bool,
     tight: bool,
 }
 
@@ -329,6 +331,8 @@ impl<'a> Outgoing<'a> {
             reporter,
             told: false,
             events: Vec::new(),
+            early: Vec::new(),
+            imaged: false,
             tight: false,
         };
         let outcome = this.go();
@@ -379,6 +383,11 @@ impl<'a> Outgoing<'a> {
                 Some(event) => event,
                 None => self.wait(&words, machine.next_timeout()),
             };
+            // A copy whose pages are few has them all before it is known here that it runs.
+            if matches!(event, SourceEvent::Drained(..)) && !self.imaged {
+                self.early.push(event);
+                continue;
+            }
             machine.handle(self.mover.now(), event);
             if self.times.resumed.is_some() && !self.told && last_report.elapsed() > Duration::from_millis(100) {
                 last_report = Instant::now();
@@ -608,7 +617,7 @@ impl<'a> Outgoing<'a> {
     ) -> Result<(Member, FrozenProcess), CaptureError> {
         let pid = frozen.source.pid;
         for (run, stream) in frozen.source.streams() {
-            self.mover.streams.settle(run, stream, pid)?;
+            self.mover.streams.settle(run, stream)?;
         }
         let mut essence = frozen.essence(around, &mut self.met)?;
         let moving: Vec<Pid> = self.party.iter().map(|(pid, _)| *pid).collect();
@@ -691,6 +700,8 @@ impl<'a> Outgoing<'a> {
     }
 
     fn make_images(&mut self) {
+        self.imaged = true;
+        self.events.append(&mut self.early);
         let to = self.plan.destination;
         for frozen in std::mem::take(&mut self.frozen) {
             let pid = frozen.source.pid;
