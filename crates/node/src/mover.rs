@@ -33,6 +33,7 @@ use dunlin_cluster::relocation::home::{Home, HomeEvent};
 use dunlin_cluster::relocation::outbox::Outbox;
 use dunlin_cluster::relocation::source::SourceEvent;
 use dunlin_cluster::relocation::{Now, stray};
+use dunlin_cluster::table::Whereabouts;
 use dunlin_proto::control::ExitStatus;
 use dunlin_proto::frame;
 use dunlin_proto::ids::{Modulus, MoveId, Pid, RunId, Slot};
@@ -284,6 +285,11 @@ impl Mover {
     /// Monotonic time since the mover was made, as the machines want it.
     fn now(&self) -> Now {
         self.started.elapsed()
+    }
+
+    /// Where a process is, by this home's table.
+    pub fn whereabouts(&self, pid: Pid) -> Whereabouts {
+        lock(&self.home).table().whereabouts(pid)
     }
 
     /// The cluster's modulus.

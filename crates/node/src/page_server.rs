@@ -14,7 +14,7 @@ use dunlin_proto::pages::ClientId;
 use image::Image;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -156,7 +156,11 @@ impl ImageStore {
     /// Serves one page connection on the calling thread until the client ends it. The client's
     /// [`Hello`](dunlin_proto::pages::Hello) is still to be read from it.
     pub fn serve(&self, stream: TcpStream) -> Result<(), ServeError> {
-        session::serve(self, stream)
+        let closer = stream.try_clone()?;
+        let end = session::serve(self, stream);
+        // Whoever else has a copy of the stream: the client must see the end. If it has seen it first, so be it.
+        let _ = closer.shutdown(Shutdown::Both);
+        end
     }
 
     fn claim(&self, id: ImageId, client: ClientId) -> Option<(Arc<Image>, Arc<AtomicU64>)> {

@@ -366,7 +366,7 @@ impl<'a> Outgoing<'a> {
             resident_bytes: self.sources.iter().map(|s| s.plan.resident_bytes).sum(),
             cpu_features: super::incoming::cpu_features(),
         });
-        let mut machine = SourceMove::start(self.mover.now(), self.plan, Limits::default(), claims, proposal);
+        let mut machine = SourceMove::start(self.mover.now(), self.plan, self.limits(), claims, proposal);
         let mut last_report = Instant::now();
         loop {
             while let Some(action) = machine.poll_action() {
@@ -489,7 +489,7 @@ impl<'a> Outgoing<'a> {
                 self.request.mode,
                 &self.times,
                 drain.as_ref(),
-                None,
+                drain.as_ref().and_then(|d| d.verified_pages),
             )
         });
         let reports = reports.collect();
@@ -516,6 +516,15 @@ impl<'a> Outgoing<'a> {
 
     fn progress(&self, at: MovePhase) {
         let _ = self.reporter.send(Report::Progress(phase(self.request.pid, at)));
+    }
+
+    /// A comparison of everything takes its time.
+    fn limits(&self) -> Limits {
+        let mut limits = Limits::default();
+        if self.request.verify {
+            limits.parked = Duration::from_secs(300);
+        }
+        limits
     }
 
     fn label(&self) -> String {
@@ -639,7 +648,20 @@ impl<'a> Outgoing<'a> {
         ids.dedup();
         let left_by = images.iter().map(|(_, by)| *by).collect();
         let member = lock(&self.mover.home).table().member(pid, ids, left_by);
-        Ok((member, FrozenProcess { essence, map, images }))
+        let digest = if self.request.verify {
+            Some(frozen.digest(&essence)?)
+        } else {
+            None
+        };
+        Ok((
+            member,
+            FrozenProcess {
+                essence,
+                map,
+                digest,
+                images,
+            },
+        ))
     }
 
     fn on_unused(&self, pid: Pid) -> Box<dyn FnOnce(ImageId) + Send> {

@@ -275,7 +275,9 @@ impl Family {
         }
     }
 
-    fn read_events(&mut self, ready: &[SpaceId]) {
+    /// Returns how many messages there were.
+    fn read_events(&mut self, ready: &[SpaceId]) -> usize {
+        let mut messages = 0;
         for id in ready {
             // It may be finished by what one of its own faults brings to light.
             while let Some(index) = self.index_of(*id) {
@@ -294,11 +296,13 @@ impl Family {
                         break;
                     }
                 }
+                messages += happened.messages;
                 if happened.messages < MESSAGES_PER_READ {
                     break;
                 }
             }
         }
+        messages
     }
 
     fn born(&mut self, parent: SpaceId, uffd: Uffd, map: PageMap) {
@@ -542,9 +546,15 @@ impl Family {
     /// Publishes how far each space is, finishes those that are drained, and releases what nobody needs.
     fn settle_accounts(&mut self) {
         for index in (0..self.spaces.len()).rev() {
-            let space = &self.spaces[index];
+            let space = &mut self.spaces[index];
             if space.map.is_drained() && !space.has_waiting() {
-                self.finish(index, Finish::Drained);
+                space.unregister();
+                // Somebody may hold a copy of the descriptor: then closing ours frees no one who waits for an event
+                // to be read.
+                let id = space.shared.id;
+                if self.read_events(&[id]) == 0 && self.index_of(id) == Some(index) {
+                    self.finish(index, Finish::Drained);
+                }
             } else if space.shared.status().away != *space.map.per_image() {
                 space.shared.status().away = space.map.per_image().clone();
             }
@@ -576,9 +586,6 @@ impl Family {
     fn finish(&mut self, index: usize, how: Finish) {
         let space = self.spaces.remove(index);
         self.registry.spaces().remove(&space.shared.id);
-        if how == Finish::Drained {
-            space.unregister();
-        }
         self.observer.finished(space.shared.id, how);
         drop(space.uffd);
         space.shared.finish(how);
@@ -591,6 +598,15 @@ impl Family {
         tracing::error!(%error, space = space.shared.id.0, "the pager gives up on a program, which stops where it is");
         space.shared.update(|s| s.trouble = Some(error.to_string()));
         std::mem::forget(space);
+    }
+}
+
+impl Drop for Family {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // As in `lose`: closing the descriptors would turn what is missing into zeros.
+            self.spaces.drain(..).for_each(std::mem::forget);
+        }
     }
 }
 

@@ -28,6 +28,7 @@ pub(super) struct Space {
     /// Some that wait may be answered without any store.
     pub(super) recheck: bool,
     ahead: Ahead,
+    unregistered: bool,
     /// Counts the changes of the space that have been applied.
     changes: u64,
     /// This page was in no registered mapping when the space had changed so many times.
@@ -82,6 +83,7 @@ impl Space {
             waiting: BTreeMap::new(),
             recheck: false,
             ahead: Ahead::default(),
+            unregistered: false,
             changes: 0,
             strike: None,
         }
@@ -299,8 +301,14 @@ impl Space {
 
     /// Stops watching, all pages being here. What grew unseen (a stack, an mremap) is unwatched when the last
     /// descriptor of this userfaultfd is closed.
-    pub(super) fn unregister(&self) {
-        debug_assert!(self.map.is_drained());
+    pub(super) fn unregister(&mut self) {
+        assert!(
+            self.map.is_drained(),
+            "unwatching what is elsewhere turns it into zeros"
+        );
+        if std::mem::replace(&mut self.unregistered, true) {
+            return;
+        }
         for (start, pages) in self.map.regions() {
             // A region that is no longer mapped as a whole is left to the close.
             if let Err(error) = self.uffd.unregister(start, pages * PAGE) {
