@@ -21,7 +21,7 @@ use bits::{Bits, low_mask};
 use dunlin_proto::ids::ImageId;
 use dunlin_proto::pages::PAGE_BYTES;
 use order::Order;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Bytes in a page.
 pub const PAGE: u64 = PAGE_BYTES as u64;
@@ -97,6 +97,8 @@ pub struct PageMap {
     away: BTreeMap<ImageId, u64>,
     asked: BTreeMap<ImageId, u64>,
     order: Order,
+    /// Every image that has ever stood behind a page.
+    images: BTreeSet<ImageId>,
 }
 
 /// Registered memory. It stays when all its pages are here: it has to be unregistered at the end.
@@ -166,6 +168,7 @@ impl PageMap {
     pub fn back_with(&mut self, start: u64, pages: u64, image: ImageId, source: u64) -> Result<(), MapError> {
         let end = end_of(start, pages)?;
         end_of(source, pages)?;
+        self.images.insert(image);
         self.cut(start);
         self.cut(end);
         let starts: Vec<u64> = self.regions.range(start..end).map(|(s, _)| *s).collect();
@@ -426,6 +429,11 @@ impl PageMap {
     /// How many pages are elsewhere.
     pub fn pages_away(&self) -> u64 {
         self.away.values().sum()
+    }
+
+    /// Every image that this map was ever told of, whether it still holds any of its pages: each expects to be released.
+    pub fn images(&self) -> impl Iterator<Item = ImageId> + '_ {
+        self.images.iter().copied()
     }
 
     /// How many pages are at each image that holds any.

@@ -115,6 +115,13 @@ impl ImageStore {
         self.lock().insert(new.id, held);
     }
 
+    /// From now on the image's memory is also that of this process, which stays: see [`NewImage::keeper`].
+    pub fn set_keeper(&self, id: ImageId, pid: i32) {
+        if let Some(held) = self.lock().get(&id) {
+            held.image.set_keeper(pid);
+        }
+    }
+
     /// Forgets an image without calling back, whoever claims it: its process runs here again, or the move was aborted.
     /// Connections that use it keep its files open until they end. Returns whether there was one.
     pub fn remove(&self, id: ImageId) -> bool {
