@@ -39,13 +39,16 @@ pub fn of_daemon(mount: &Path, lab: &str, node: &str) -> PathBuf {
 
 /// Makes a group and those above it.
 pub fn make(group: &Path) -> Result<(), LabError> {
-    // Another lab's `down` may remove the group above, which was empty, while ours is made.
-    let once_more = |e: io::Error| match e.kind() {
-        io::ErrorKind::NotFound => fs::create_dir_all(group),
-        _ => Err(e),
-    };
-    let made = fs::create_dir_all(group).or_else(once_more).or_else(once_more);
-    made.map_err(LabError::io("make control group", group))
+    // Another lab's `down` may remove the group above, which was empty, while ours is made below it.
+    let mut chances = 100;
+    loop {
+        match fs::create_dir_all(group) {
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) && chances > 0 => {
+                chances -= 1;
+            }
+            made => return made.map_err(LabError::io("make control group", group)),
+        }
+    }
 }
 
 /// The caller, and what it starts from now on, belongs to `group`.
@@ -137,7 +140,7 @@ fn groups_below(group: &Path) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::process::Command;
+    use std::process::{Command, Stdio};
 
     #[test]
     fn the_unified_hierarchy_is_told_from_the_old_ones() {
@@ -151,11 +154,14 @@ mod tests {
     fn a_group_dies_whole_and_goes() {
         let group = of_lab(&mount().unwrap(), &format!("cgroup-test-{}", std::process::id()));
         make(&group.join("n1")).unwrap();
-        let mut child = Command::new("sh")
-            .args(["-c", "sleep 100 & sleep 100"])
-            .spawn()
-            .unwrap();
-        fs::write(group.join("n1/cgroup.procs"), child.id().to_string()).unwrap();
+        // It joins before it forks, as a daemon does.
+        let script = format!(
+            "echo 0 > {}/n1/cgroup.procs; echo; sleep 100 & sleep 100",
+            group.display()
+        );
+        let mut command = Command::new("sh");
+        let mut child = command.args(["-c", &script]).stdout(Stdio::piped()).spawn().unwrap();
+        io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
         assert!(!wait_empty(&group, Instant::now()).unwrap());
         assert!(members(&group).contains(&(child.id() as i32)));
         kill(&group).unwrap();

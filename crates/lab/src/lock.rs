@@ -7,7 +7,7 @@ use crate::error::LabError;
 use crate::layout::{LABS_DIR, Layout};
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::ErrorKind::{AlreadyExists, NotFound};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::PathBuf;
 
@@ -21,13 +21,17 @@ pub struct Held {
 /// Waits for the lock and takes it.
 pub fn take(layout: &Layout) -> Result<Held, LabError> {
     let path = layout.lock();
+    let mut chances = 10_000;
     loop {
         let opened = fs::DirBuilder::new().recursive(true).mode(0o755).create(LABS_DIR);
         let opened = opened.and_then(|()| OpenOptions::new().create(true).truncate(false).write(true).open(&path));
         let file = match opened {
             Ok(file) => file,
-            // Another `down` removed the directory while it was made, or after.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            // Another `down` removed the directory while it was made (it exists, but is none any more), or after.
+            Err(e) if matches!(e.kind(), NotFound | AlreadyExists) && chances > 0 => {
+                chances -= 1;
+                continue;
+            }
             Err(e) => return Err(LabError::io("lock", &path)(e)),
         };
         flock(&file, FlockOperation::LockExclusive).map_err(|e| LabError::io("lock", &path)(e.into()))?;

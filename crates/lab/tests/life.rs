@@ -142,7 +142,7 @@ fn nodes_reach_each_other_and_not_the_host() {
     listen.args(["-c", &format!("import socket; s = socket.create_server(('{address}', 9)); print('on', flush=True); s.accept()[0].send(b'hello')")]);
     let mut server = exec::spawn(&layout.netns_path("n2"), listen.stdout(std::process::Stdio::piped())).unwrap();
     std::io::Read::read_exact(server.stdout.as_mut().unwrap(), &mut [0; 2]).unwrap();
-    let fetch = format!("import socket; print(socket.create_connection(('{address}', 9), 3).recv(9))");
+    let fetch = format!("import socket; print(socket.create_connection(('{address}', 9), 1).recv(9))");
     let mut from_host = Command::new("python3");
     assert!(
         !from_host.args(["-c", &fetch]).output().unwrap().status.success(),

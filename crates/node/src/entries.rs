@@ -9,7 +9,7 @@
 
 use crate::capture::SCRIPT_MASK;
 use crate::capture::freeze::LeftBehind;
-use crate::install::{Installer, TRIGGER_CALL, Wanted};
+use crate::install::{Installer, Wanted};
 use crate::nest::{Nest, SurrogateSpec};
 use crate::processes::{Hidden, HiddenKind};
 use crate::restore::Blank;
@@ -256,17 +256,20 @@ impl Entries {
     ) -> io::Result<()> {
         self.nest.register_surrogate(pid)?;
         let program = self.nest.surrogate_program().try_clone_to_owned()?;
-        self.installer.expect(
-            pid,
-            vec![Wanted {
-                fd: program,
-                number: 3,
-                close_on_exec: true,
-            }],
-        );
-        let injected = thread.inject(at, TRIGGER_CALL, self.installer.trigger());
-        self.installer.outcome(pid)?;
-        let (thread, _) = injected.map_err(other)?;
+        let wanted = vec![Wanted {
+            fd: program,
+            number: 3,
+            close_on_exec: true,
+        }];
+        let options = Options {
+            suspend_seccomp: true,
+            follow: true,
+            ..Options::default()
+        };
+        let thread = self
+            .installer
+            .install(thread, at, pid, wanted, options)
+            .map_err(other)?;
         // An empty string, a name, and an argument vector of that name.
         let mut words = [0u8; 64];
         words[..8].copy_from_slice(&(place + 32).to_le_bytes());

@@ -6,16 +6,26 @@
 
 use dunlin_proto::ids::{LAST_OWN_PID, Modulus, Pid, Slot};
 use dunlin_sys::addfd;
+use dunlin_sys::ptrace::{Options, Stopped, TraceError};
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// `pidfd_open`, of a PID that lives elsewhere: notified, and never made with our mark by a program.
-pub const TRIGGER_CALL: i64 = 434;
+const TRIGGER_CALL: i64 = 434;
 const ENOSYS: i32 = 38;
-const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why descriptors could not be installed. Some of them may be there.
+#[derive(Debug, thiserror::Error)]
+pub enum InstallError {
+    /// The thread could not be traced.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    /// The kernel refused one (the process's own limit, a filter of its own), or nobody was asked.
+    #[error(transparent)]
+    Refused(#[from] io::Error),
+}
 
 /// One descriptor to be installed.
 #[derive(Debug)]
@@ -49,7 +59,6 @@ pub struct Installer {
     mark: u64,
     foreign: Pid,
     pending: Mutex<HashMap<Pid, State>>,
-    changed: Condvar,
 }
 
 impl Installer {
@@ -63,32 +72,49 @@ impl Installer {
             mark: cookie ^ 1,
             foreign: foreign.unwrap_or(Pid(LAST_OWN_PID + 1)),
             pending: Mutex::new(HashMap::new()),
-            changed: Condvar::new(),
         }
     }
 
+    /// Has descriptors installed through a stopped thread (number `tid` in the nest) that is traced with `options`, by a
+    /// call injected at `at`.
+    pub fn install(
+        &self,
+        thread: Stopped,
+        at: u64,
+        tid: Pid,
+        wanted: Vec<Wanted>,
+        options: Options,
+    ) -> Result<Stopped, InstallError> {
+        // The filter that notifies us is suspended with the others.
+        thread.set_options(Options {
+            suspend_seccomp: false,
+            ..options
+        })?;
+        self.expect(tid, wanted);
+        let (thread, answer) = thread.inject(at, TRIGGER_CALL, self.trigger())?;
+        self.outcome(tid, answer)?;
+        thread.set_options(options)?;
+        Ok(thread)
+    }
+
     /// The arguments of the call that a target makes to have its descriptors installed.
-    pub fn trigger(&self) -> [u64; 6] {
+    fn trigger(&self) -> [u64; 6] {
         [self.foreign.0 as u64, 0, 0, 0, 0, self.mark]
     }
 
     /// Announces what is to be installed when thread `tid` (of the nest) makes the call.
-    pub fn expect(&self, tid: Pid, wanted: Vec<Wanted>) {
+    fn expect(&self, tid: Pid, wanted: Vec<Wanted>) {
         self.pending().insert(tid, State::Waiting(wanted));
     }
 
     /// After the call has returned: what came of it.
-    pub fn outcome(&self, tid: Pid) -> io::Result<()> {
-        let (mut pending, _) = self
-            .changed
-            .wait_timeout_while(self.pending(), PATIENCE, |p| {
-                matches!(p.get(&tid), Some(State::Waiting(_)))
-            })
-            .unwrap_or_else(PoisonError::into_inner);
-        match pending.remove(&tid) {
+    fn outcome(&self, tid: Pid, answer: i64) -> io::Result<()> {
+        match self.pending().remove(&tid) {
             Some(State::Done(Ok(()))) => Ok(()),
             Some(State::Done(Err(errno))) => Err(io::Error::from_raw_os_error(errno)),
-            Some(State::Waiting(_)) | None => Err(io::Error::other("the descriptors were never asked for")),
+            Some(State::Waiting(_)) | None => Err(io::Error::other(format!(
+                "the nest's filter did not report the call, which answered {answer}"
+            ))),
         }
     }
 
@@ -112,8 +138,8 @@ impl Installer {
             .iter()
             .try_for_each(|w| addfd::install(listener, id, w.fd.as_fd(), w.number, w.close_on_exec))
             .map_err(|errno| errno.0);
+        tracing::debug!(%tid, numbers = ?wanted.iter().map(|w| w.number).collect::<Vec<_>>(), ?outcome, "installed");
         pending.insert(tid, State::Done(outcome));
-        self.changed.notify_all();
         Some(match outcome {
             Ok(()) => Verdict::Return(0),
             Err(errno) => Verdict::Fail(errno),

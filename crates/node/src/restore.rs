@@ -19,13 +19,13 @@ pub use blank::{Blank, Resumed};
 
 use crate::capture::space;
 use crate::files::{Use, open_same};
-use crate::install::Installer;
+use crate::install::{InstallError, Installer};
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{Pid, RunId};
 use dunlin_proto::image::{DescriptionKind, FileRef, MappingKind, Plan};
 use dunlin_sys::foothold::FootholdError;
 use dunlin_sys::procfs::ProcDir;
-use dunlin_sys::ptrace::TraceError;
+use dunlin_sys::ptrace::{Options, TraceError};
 use dunlin_sys::script::ScriptError;
 use rustix::fs::OFlags;
 use std::collections::BTreeMap;
@@ -106,6 +106,15 @@ impl From<FootholdError> for AnyError {
         match error {
             FootholdError::Trace(error) => error.into(),
             other => AnyError::Other(other.into()),
+        }
+    }
+}
+
+impl From<InstallError> for AnyError {
+    fn from(error: InstallError) -> Self {
+        match error {
+            InstallError::Trace(error) => error.into(),
+            InstallError::Refused(error) => error.into(),
         }
     }
 }
@@ -211,6 +220,8 @@ pub struct Kit<'a> {
     pub steer: &'a dyn Fn(Pid) -> io::Result<Box<dyn FnOnce() -> io::Result<()> + 'a>>,
     /// The local end of a run's standard stream.
     pub open_stream: &'a dyn Fn(RunId, u8) -> io::Result<OwnedFd>,
+    /// How the blank is traced.
+    pub options: Options,
     /// What the processes of one move share.
     pub common: Common,
 }

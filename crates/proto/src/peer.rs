@@ -232,4 +232,6 @@ pub struct Drain {
     pub fault_us: crate::control::Quantiles,
     /// The pager's work is over.
     pub finished: bool,
+    /// How many pages were compared with the original before it ran.
+    pub verified_pages: Option<u64>,
 }

@@ -5,7 +5,7 @@
 use super::{During, Kit, RestoreError, descriptors, mappings, signals, threads, traits};
 use crate::capture::SCRIPT_MASK;
 use crate::files::{Use, open_same};
-use crate::install::{TRIGGER_CALL, Wanted};
+use crate::install::Wanted;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Essence, MappingKind, Pages, Plan, ProcessImage};
 use dunlin_sys::foothold::Foothold;
@@ -42,6 +42,7 @@ pub struct Blank {
     pub(super) threads: BTreeMap<Pid, i32>,
     /// Sleeps that were over before the thread could fall asleep again: their answers, by host number.
     pub(super) slept: BTreeMap<i32, i64>,
+    options: Options,
 }
 
 /// A process that runs here now.
@@ -73,6 +74,7 @@ impl Blank {
             follow: true,
             suspend_seccomp: true,
         };
+        kit.options = options;
         let running = Running::seize(host, options).during(pid, "tracing the blank")?;
         let (thread, _) = running
             .stop(Instant::now() + STOP_PATIENCE)
@@ -107,6 +109,7 @@ impl Blank {
             uffd,
             threads: BTreeMap::from([(pid, host)]),
             slept: BTreeMap::new(),
+            options,
         };
         for run in &plan.file_pages {
             blank.write_file_pages(run)?;
@@ -121,6 +124,7 @@ impl Blank {
 
     /// Corrects what has changed since the plan, puts everything of the freeze in place and verifies it.
     pub fn load(&mut self, essence: &Essence, kit: &mut Kit<'_>) -> Result<(), RestoreError> {
+        kit.options = self.options;
         if let Some(space) = &essence.space {
             mappings::correct(self, space, kit)?;
         }
@@ -174,6 +178,32 @@ impl Blank {
     /// The name of the process.
     pub fn comm(&self) -> &[u8] {
         self.image.threads.first().map_or(b"dunlin", |thread| &thread.comm)
+    }
+
+    /// Hashes of all its private pages; every one of them must be here.
+    pub fn digest(&self, essence: &Essence) -> std::io::Result<crate::verify::Digest> {
+        let areas = crate::verify::kernel_areas(&essence.threads);
+        let pagemap = File::open(ProcDir::process(self.host).path("pagemap"))?;
+        crate::verify::digest(&self.memory, &pagemap, &self.image.space.mappings, &areas)
+    }
+
+    /// Registers (27 words) and extended state of one of its threads, as they are.
+    pub fn read_thread(&self, tid: Pid) -> Result<Option<(Vec<u64>, Vec<u8>)>, RestoreError> {
+        let Some(host) = self.threads.get(&tid) else {
+            return Ok(None);
+        };
+        let thread = Stopped::assume(*host);
+        let registers = thread.registers().during(self.pid, "reading registers")?;
+        let mut xstate = Vec::new();
+        thread
+            .xstate(&mut xstate)
+            .during(self.pid, "reading the extended state")?;
+        Ok(Some((crate::capture::to_words(&registers), xstate)))
+    }
+
+    /// The descriptors it was given.
+    pub fn files(&self) -> &dunlin_proto::image::Files {
+        &self.image.files
     }
 
     /// Memory of the blank that may be overwritten.
@@ -328,12 +358,9 @@ pub(super) fn install(
     if wanted.is_empty() {
         return Ok(thread);
     }
-    kit.installer.expect(tid, wanted);
-    let injected = thread.inject(at, TRIGGER_CALL, kit.installer.trigger());
-    let outcome = kit.installer.outcome(tid);
-    let (thread, _) = injected.during(pid, "installing descriptors")?;
-    outcome.during(pid, "installing descriptors")?;
-    Ok(thread)
+    kit.installer
+        .install(thread, at, tid, wanted, kit.options)
+        .during(pid, "installing descriptors")
 }
 
 fn borrowed_syscall(pid: Pid, dir: &ProcDir) -> Result<u64, RestoreError> {

@@ -131,7 +131,8 @@ fn set_directories(blank: &Blank, traits: &Traits, kit: &Kit<'_>) -> Result<(), 
         } else {
             relative
         };
-        let how = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        // Not O_PATH: such a descriptor cannot be installed in another process.
+        let how = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = openat2(kit.root.as_fd(), relative, how, Mode::empty(), ResolveFlags::IN_ROOT).map_err(|error| {
             RestoreError::Obstacles(vec![obstacle(
                 blank.pid,

@@ -23,6 +23,17 @@ fn main() -> ExitCode {
     if args.first().is_some_and(|a| a == "threads") {
         return forks::threads_role();
     }
+    // `… run CMD…`: a program in a nest of its own, for measurements by hand.
+    if args.first().is_some_and(|a| a == "run") {
+        let argv: Vec<&str> = args[1..].iter().map(String::as_str).collect();
+        let (output, status) = fixture::Fixture::new().run(&argv);
+        print!("{output}");
+        return if status == 0 {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        };
+    }
     let tests: Vec<Test> = [programs::TESTS, forks::TESTS, daemon::TESTS, surrogates::TESTS].concat();
     let has = |flag: &str| args.iter().any(|a| a == flag);
     if has("--list") {
