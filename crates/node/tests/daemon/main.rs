@@ -6,6 +6,7 @@
 mod cluster;
 mod fixture;
 mod life;
+mod moves;
 mod runs;
 
 use std::panic::catch_unwind;
@@ -24,7 +25,7 @@ fn main() -> ExitCode {
         Some("ask") => return fixture::ask_role(&args[1..]),
         _ => {}
     }
-    let tests: Vec<Test> = [runs::TESTS, life::TESTS, cluster::TESTS].concat();
+    let tests: Vec<Test> = [runs::TESTS, life::TESTS, cluster::TESTS, moves::TESTS].concat();
     let has = |flag: &str| args.iter().any(|a| a == flag);
     if has("--list") {
         if !has("--ignored") {
