@@ -37,6 +37,7 @@ impl Mover {
         let thread = std::thread::Builder::new().name("arrival".into()).spawn(move || {
             let machine = DestinationMove::start(mover.here, Limits::default(), id, home, proposal);
             Incoming::new(mover.clone(), id).go(machine, &words);
+            lock(&mover.busy).retain(|_, by| *by != id);
             lock(&mover.destinations).remove(&id);
         });
         if let Err(error) = thread {
@@ -206,13 +207,11 @@ impl Incoming {
             DestinationAction::Persist(record) => {
                 let blob = postcard::to_stdvec(&record).unwrap_or_default();
                 self.mover
-                    .log("keeping a record", self.mover.nest.store(&self.label(), &[], blob));
+                    .log("keeping a record", self.mover.nest.store_soon(&self.label(), blob));
             }
             DestinationAction::Forget => {
-                self.mover.log(
-                    "dropping a record",
-                    self.mover.nest.drop_label(&self.label()).map(|_| ()),
-                );
+                self.mover
+                    .log("dropping a record", self.mover.nest.drop_soon(&self.label()));
             }
             DestinationAction::Resume => self.resume(),
             DestinationAction::Destroy => self.destroy(),
@@ -466,6 +465,7 @@ impl Incoming {
                 verified_pages: self.verified.get(&pid).copied(),
             },
         );
+        lock(&mover.busy).insert(pid, self.id);
         mover.hidden.remove(pid);
         match mover.nest.pidfd(pid) {
             Ok(Some(pidfd)) => {
