@@ -361,6 +361,12 @@ impl Nest {
         self.0.connection.tell(Request::Store { label, blob }, &[])
     }
 
+    /// Like [`Nest::store_soon`], with descriptors.
+    pub fn store_with(&self, label: &str, fds: &[BorrowedFd<'_>], blob: Vec<u8>) -> io::Result<()> {
+        let label = label.to_owned();
+        self.0.connection.tell(Request::Store { label, blob }, fds)
+    }
+
     /// Like [`Nest::drop_label`], without waiting for the answer.
     pub fn drop_soon(&self, label: &str) -> io::Result<()> {
         let label = label.to_owned();

@@ -5,6 +5,7 @@
 
 use super::arrivals::Arrival;
 use super::payload::{self, Frozen, FrozenProcess, Prepare, Prepared, Proposal};
+use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock};
 use crate::obstacle::obstacle;
 use crate::pager::{NewSpace, SpaceHandle};
@@ -23,7 +24,7 @@ use dunlin_proto::relocation::Member;
 use dunlin_sys::ptrace::Options;
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -367,12 +368,16 @@ impl Incoming {
         let blank = &self.blanks[index];
         let (uffd, regions) = blank.pages().map_err(|e| e.to_string())?;
         let map = page_map(process, &regions, image).map_err(|e| e.to_string())?;
+        let second = SecondHand::new(self.mover.nest.clone(), blank.host);
+        second
+            .keep(uffd.as_fd())
+            .map_err(|e| format!("init could not take its userfaultfd: {e}"))?;
         let space = NewSpace {
             pid: Some(blank.host),
             uffd,
             map,
             connect: self.mover.connect(),
-            observer: Arc::new(()),
+            observer: Arc::new(second),
             claims: None,
         };
         match self.mover.pager.adopt(space) {

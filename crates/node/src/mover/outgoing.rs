@@ -5,6 +5,7 @@
 
 use super::payload::{self, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared, Proposal};
 use super::progress::{Times, phase};
+use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock, random};
 use crate::capture::freeze::Frozen;
 use crate::capture::{CaptureError, Met, Source, Surroundings};
@@ -23,6 +24,7 @@ use dunlin_proto::peer::{PeerReply, PeerRequest};
 use dunlin_proto::relocation::{Claim, Member};
 use dunlin_sys::procfs::ProcDir;
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
@@ -783,12 +785,14 @@ impl Mover {
             map,
             claims,
         } = withdrawn;
+        let second = SecondHand::new(self.nest.clone(), host.unwrap_or(0));
+        self.log("keeping a userfaultfd", second.keep(uffd.as_fd()));
         let space = NewSpace {
             pid: host,
             uffd,
             map,
             connect: self.connect(),
-            observer: Arc::new(()),
+            observer: Arc::new(second),
             claims: Some(claims),
         };
         match self.pager.adopt(space) {
