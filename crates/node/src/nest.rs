@@ -283,6 +283,22 @@ impl Nest {
         }
     }
 
+    /// Sends a process a signal with this payload, whose sender it keeps: to a signal from outside the nest the kernel gives
+    /// the sender 0. `false`: there is no such process.
+    pub fn signal(&self, pid: Pid, signal: i32, info: &[u8; 128]) -> io::Result<bool> {
+        let info = info.to_vec();
+        match self
+            .0
+            .connection
+            .ask(Request::Signal { pid, signal, info }, &[])?
+            .answer
+        {
+            Answer::Done => Ok(true),
+            Answer::Absent => Ok(false),
+            other => Err(unexpected(other)),
+        }
+    }
+
     /// Keeps everybody else from making tasks until the guard ends; the next one made gets this number. EEXIST: the
     /// number is in use. Must not be asked for by a thread that has a guard already ([`SteerGuard::aim`] is for that).
     pub fn steer(&self, pid: Pid) -> io::Result<SteerGuard<'_>> {
