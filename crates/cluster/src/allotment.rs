@@ -229,14 +229,6 @@ impl Allotment {
         }
     }
 
-    /// Exactly these are reserved, says a daemon that was restarted and may have died between deciding and saying so.
-    pub fn reserve_only(&mut self, ids: impl IntoIterator<Item = Pid>) {
-        let ids: BTreeSet<Pid> = ids.into_iter().collect();
-        let stale: Vec<Pid> = self.reserved.difference(&ids).copied().collect();
-        self.release(stale);
-        self.reserve(ids);
-    }
-
     /// The reserved ids, ascending.
     pub fn reserved(&self) -> impl Iterator<Item = Pid> + '_ {
         self.reserved.iter().copied()

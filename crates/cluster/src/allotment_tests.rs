@@ -88,16 +88,6 @@ fn a_released_number_waits_for_the_next_scan() {
 }
 
 #[test]
-fn a_restarted_daemon_says_what_is_reserved() {
-    let mut a = small(130);
-    a.reserve([Pid(101), Pid(109)]);
-    a.reserve_only([Pid(109), Pid(117), Pid(118)]);
-    assert_eq!(a.reserved().collect::<Vec<_>>(), [Pid(109), Pid(117)]);
-    assert_eq!(take(&mut a, &BTreeSet::new()), Ok(Pid(101)));
-    assert_eq!(take(&mut a, &BTreeSet::new()), Ok(Pid(125)));
-}
-
-#[test]
 fn exhaustion_is_an_answer_and_not_for_ever() {
     let mut a = small(130);
     let mut used: BTreeSet<Pid> = [Pid(101), Pid(109), Pid(125)].into();

@@ -21,7 +21,7 @@ use bits::{Bits, low_mask};
 use dunlin_proto::ids::ImageId;
 use dunlin_proto::pages::PAGE_BYTES;
 use order::Order;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Bytes in a page.
 pub const PAGE: u64 = PAGE_BYTES as u64;
@@ -95,8 +95,10 @@ pub struct PageMap {
     /// First address in the image of each layer → its region.
     by_source: BTreeMap<(ImageId, u64), u64>,
     away: BTreeMap<ImageId, u64>,
-    asked: u64,
+    asked: BTreeMap<ImageId, u64>,
     order: Order,
+    /// Every image that has ever stood behind a page.
+    images: BTreeSet<ImageId>,
 }
 
 /// Registered memory. It stays when all its pages are here: it has to be unregistered at the end.
@@ -161,10 +163,12 @@ impl PageMap {
     }
 
     /// Every page of a range of a region that is not elsewhere yet is now at `image`, the first of the range at
-    /// `source`.
+    /// `source`. Regions are cut at the ends of the range: whoever knows which pages have content names the whole region
+    /// and then [keeps only](PageMap::keep_only) those.
     pub fn back_with(&mut self, start: u64, pages: u64, image: ImageId, source: u64) -> Result<(), MapError> {
         let end = end_of(start, pages)?;
         end_of(source, pages)?;
+        self.images.insert(image);
         self.cut(start);
         self.cut(end);
         let starts: Vec<u64> = self.regions.range(start..end).map(|(s, _)| *s).collect();
@@ -214,7 +218,7 @@ impl PageMap {
             });
             self.by_source.insert((image, source), at);
         }
-        *self.away.entry(image).or_default() += new;
+        add(&mut self.away, image, new);
         Ok(())
     }
 
@@ -301,9 +305,9 @@ impl PageMap {
                 .expect("it is indexed");
             if asked {
                 let mask = mask & layer.away.window(page);
-                self.asked += layer.asked.set_window(page, mask);
+                add(&mut self.asked, want.image, layer.asked.set_window(page, mask));
             } else {
-                self.asked -= layer.asked.clear_window(page, mask);
+                subtract(&mut self.asked, want.image, layer.asked.clear_window(page, mask));
             }
         }
     }
@@ -313,7 +317,7 @@ impl PageMap {
         for layer in self.regions.values_mut().flat_map(|r| &mut r.layers) {
             layer.asked = Bits::empty(layer.away.len());
         }
-        self.asked = 0;
+        self.asked.clear();
         self.order = Order::default();
     }
 
@@ -384,7 +388,8 @@ impl PageMap {
     /// What to ask for next, from images that `ready` accepts: around the latest faults, then region by region, the
     /// small ones first. Does not mark it as asked for.
     pub fn next(&mut self, ready: impl Fn(ImageId) -> bool) -> Option<Want> {
-        if self.asked == self.pages_away() {
+        let unasked = |(image, away): (&ImageId, &u64)| self.asked.get(image).is_none_or(|asked| asked < away);
+        if !self.away.iter().any(|entry| unasked(entry) && ready(*entry.0)) {
             return None;
         }
         let mut order = std::mem::take(&mut self.order);
@@ -424,6 +429,11 @@ impl PageMap {
     /// How many pages are elsewhere.
     pub fn pages_away(&self) -> u64 {
         self.away.values().sum()
+    }
+
+    /// Every image that this map was ever told of, whether it still holds any of its pages: each expects to be released.
+    pub fn images(&self) -> impl Iterator<Item = ImageId> + '_ {
+        self.images.iter().copied()
     }
 
     /// How many pages are at each image that holds any.
@@ -482,7 +492,7 @@ impl PageMap {
             if of.is_some_and(|image| image != layer.image) {
                 return true;
             }
-            *asked -= layer.asked.clear_range(from, to);
+            subtract(asked, layer.image, layer.asked.clear_range(from, to));
             subtract(away, layer.image, layer.away.clear_range(from, to));
             let keep = layer.away.count() > 0;
             if !keep {
@@ -521,7 +531,7 @@ impl PageMap {
         for layer in &region.layers {
             self.by_source.remove(&(layer.image, layer.source));
             subtract(&mut self.away, layer.image, layer.away.count());
-            self.asked -= layer.asked.count();
+            subtract(&mut self.asked, layer.image, layer.asked.count());
         }
         self.order.regions_changed();
         region
@@ -531,11 +541,17 @@ impl PageMap {
         region.layers.retain(|l| l.away.count() > 0);
         for layer in &region.layers {
             self.by_source.insert((layer.image, layer.source), at);
-            *self.away.entry(layer.image).or_default() += layer.away.count();
-            self.asked += layer.asked.count();
+            add(&mut self.away, layer.image, layer.away.count());
+            add(&mut self.asked, layer.image, layer.asked.count());
         }
         self.regions.insert(at, region);
         self.order.regions_changed();
+    }
+}
+
+fn add(counts: &mut BTreeMap<ImageId, u64>, image: ImageId, more: u64) {
+    if more > 0 {
+        *counts.entry(image).or_default() += more;
     }
 }
 

@@ -27,8 +27,7 @@ pub const MAX_FOREIGN_GRAVES: usize = 1024;
 pub struct Entry {
     /// How often it changed place, or nearly.
     pub incarnation: Incarnation,
-    /// The incarnation in which this life of the PID began, as far as is known here.
-    pub born: Incarnation,
+
     /// Where it is.
     pub place: Place,
     /// The ids of this slot it holds, its PID included.
@@ -91,6 +90,24 @@ pub struct Reservations {
     pub reserve: Vec<Pid>,
     /// To be released.
     pub release: Vec<Pid>,
+}
+
+impl Reservations {
+    /// First these, then `more`.
+    pub(crate) fn add(&mut self, more: Reservations) {
+        for id in more.reserve {
+            match self.release.iter().position(|r| *r == id) {
+                Some(at) => drop(self.release.swap_remove(at)),
+                None => self.reserve.push(id),
+            }
+        }
+        for id in more.release {
+            match self.reserve.iter().position(|r| *r == id) {
+                Some(at) => drop(self.reserve.swap_remove(at)),
+                None => self.release.push(id),
+            }
+        }
+    }
 }
 
 /// Why news was not taken; the table is unchanged.
@@ -193,7 +210,10 @@ impl Table {
     pub fn incarnation(&self, pid: Pid) -> Incarnation {
         match self.entries.get(&pid) {
             Some(entry) => entry.incarnation,
-            None => self.graves.get(&pid).map_or(Incarnation::default(), |i| i.next()),
+            None => self
+                .graves
+                .get(&pid)
+                .map_or(Incarnation::default(), |i| i.after_commit()),
         }
     }
 
@@ -209,8 +229,13 @@ impl Table {
         }
     }
 
-    /// Who must be told when a process that runs here ends: all homes, and this table itself.
+    /// Who must be told when a process that runs here ends, in its [incarnation](Table::incarnation): all homes, and this
+    /// table itself, which must be told last: then it knows nothing of the process, and a daemon that was restarted in the
+    /// middle tells either all again or nobody. Without an entry it never left its home, or all have been told.
     pub fn to_be_told_of_end(&self, pid: Pid, ids: &[Pid]) -> BTreeSet<Slot> {
+        if !self.entries.contains_key(&pid) {
+            return BTreeSet::new();
+        }
         let mut nodes = self.homes(pid, ids);
         nodes.insert(self.here);
         nodes
@@ -239,7 +264,7 @@ impl Table {
         let from = move_id.source;
         let mut entry = self.entries.get(&pid).cloned().unwrap_or_else(|| Entry {
             incarnation: self.incarnation(pid),
-            born: self.incarnation(pid),
+
             place: Place::At(from),
             held: [pid].into(),
             reserved: false,
@@ -257,7 +282,7 @@ impl Table {
         match entry.place {
             Place::Moving { move_id: m, from, .. } if m == move_id => {
                 entry.place = Place::At(from);
-                entry.incarnation = entry.incarnation.next();
+                entry.incarnation = entry.incarnation.after_abort();
                 self.changed.insert(pid);
                 Some(entry.incarnation)
             }
@@ -321,14 +346,9 @@ impl Table {
         if old.is_none() && !is_ours(&news.pid) && self.foreign >= MAX_FOREIGN_ENTRIES {
             return Err(TableError::Full);
         }
-        let born = match old {
-            Some(entry) => entry.born,
-            None if is_ours(&news.pid) => self.incarnation(news.pid),
-            None => news.incarnation,
-        };
+
         let entry = Entry {
             incarnation: news.incarnation,
-            born,
             place: Place::At(news.node),
             held,
             reserved,
@@ -338,17 +358,18 @@ impl Table {
         Ok(self.put(news.pid, entry))
     }
 
-    /// Would [`Table::ended`] remove an entry? A process ends once, so it does not matter whether whoever saw it end knew its
-    /// latest incarnation (an abort raises it, too), but only whether it was this life.
+    /// Would [`Table::ended`] remove an entry? Whoever sees a process end knows of its last commit, though perhaps not of an
+    /// abort since; and an earlier life of its PID had fewer commits.
     pub fn is_alive_in(&self, pid: Pid, incarnation: Incarnation) -> bool {
-        self.entries.get(&pid).is_some_and(|entry| entry.born <= incarnation)
+        let entry = self.entries.get(&pid);
+        entry.is_some_and(|entry| entry.incarnation.commits() <= incarnation.commits())
     }
 
     /// It has ended in this incarnation. What it held of ours is released.
     pub fn ended(&mut self, pid: Pid, incarnation: Incarnation) -> Reservations {
         match self.entries.get(&pid) {
-            Some(entry) if entry.born > incarnation => Reservations::default(),
-            Some(entry) => self.bury(pid, incarnation.max(entry.incarnation)),
+            Some(entry) if self.is_alive_in(pid, incarnation) => self.bury(pid, incarnation.max(entry.incarnation)),
+            Some(_) => Reservations::default(),
             // The news of its last move may still be under way. One that never moved leaves no grave: forks are many.
             None if incarnation == Incarnation::default() => Reservations::default(),
             None if self.graves.get(&pid).is_some_and(|grave| *grave >= incarnation) => Reservations::default(),

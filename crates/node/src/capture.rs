@@ -17,7 +17,7 @@ mod threads;
 pub use descriptors::Met;
 pub use sleep::monotonic_ns;
 pub use surroundings::Surroundings;
-pub use threads::from_words;
+pub use threads::{from_words, to_words};
 
 use crate::obstacle::{self, obstacle};
 use descriptors::Glimpse;

@@ -2,6 +2,9 @@
 
 pub mod capture;
 pub mod config;
+pub mod control;
+pub mod daemon;
+pub mod dirty;
 pub mod entries;
 pub mod files;
 pub mod init;
@@ -16,4 +19,6 @@ pub mod peers;
 pub mod processes;
 pub mod restore;
 pub mod runs;
+pub mod signals;
 pub mod streams;
+pub mod verify;

@@ -33,6 +33,7 @@ use dunlin_cluster::relocation::home::{Home, HomeEvent};
 use dunlin_cluster::relocation::outbox::Outbox;
 use dunlin_cluster::relocation::source::SourceEvent;
 use dunlin_cluster::relocation::{Now, stray};
+use dunlin_cluster::table::Whereabouts;
 use dunlin_proto::control::ExitStatus;
 use dunlin_proto::frame;
 use dunlin_proto::ids::{Modulus, MoveId, Pid, RunId, Slot};
@@ -54,7 +55,7 @@ pub trait Streams: Send + Sync {
     /// A local end of a stream, made if need be.
     fn open(&self, run: RunId, stream: u8) -> io::Result<OwnedFd>;
     /// Returns when everything written into the local end has reached the origin. The writers are frozen.
-    fn settle(&self, run: RunId, stream: u8, user: Pid) -> io::Result<()>;
+    fn settle(&self, run: RunId, stream: u8) -> io::Result<()>;
     /// The process has left for another node; `streams` are those it used.
     fn departed(&self, pid: Pid, streams: &[(RunId, u8)], to: Slot);
     /// The process has come.
@@ -284,6 +285,11 @@ impl Mover {
     /// Monotonic time since the mover was made, as the machines want it.
     fn now(&self) -> Now {
         self.started.elapsed()
+    }
+
+    /// Where a process is, by this home's table.
+    pub fn whereabouts(&self, pid: Pid) -> Whereabouts {
+        lock(&self.home).table().whereabouts(pid)
     }
 
     /// The cluster's modulus.

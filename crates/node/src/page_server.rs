@@ -14,7 +14,7 @@ use dunlin_proto::pages::ClientId;
 use image::Image;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -115,6 +115,13 @@ impl ImageStore {
         self.lock().insert(new.id, held);
     }
 
+    /// From now on the image's memory is also that of this process, which stays: see [`NewImage::keeper`].
+    pub fn set_keeper(&self, id: ImageId, pid: i32) {
+        if let Some(held) = self.lock().get(&id) {
+            held.image.set_keeper(pid);
+        }
+    }
+
     /// Forgets an image without calling back, whoever claims it: its process runs here again, or the move was aborted.
     /// Connections that use it keep its files open until they end. Returns whether there was one.
     pub fn remove(&self, id: ImageId) -> bool {
@@ -156,7 +163,11 @@ impl ImageStore {
     /// Serves one page connection on the calling thread until the client ends it. The client's
     /// [`Hello`](dunlin_proto::pages::Hello) is still to be read from it.
     pub fn serve(&self, stream: TcpStream) -> Result<(), ServeError> {
-        session::serve(self, stream)
+        let closer = stream.try_clone()?;
+        let end = session::serve(self, stream);
+        // Whoever else has a copy of the stream: the client must see the end. If it has seen it first, so be it.
+        let _ = closer.shutdown(Shutdown::Both);
+        end
     }
 
     fn claim(&self, id: ImageId, client: ClientId) -> Option<(Arc<Image>, Arc<AtomicU64>)> {

@@ -7,22 +7,24 @@
 //! its holder is out of reach; a space is let go only when every page is here, or it has ended, or it was withdrawn; an
 //! image is released only when nobody here needs it.
 
+mod claims;
 mod family;
 mod lane;
 mod link;
 mod space;
 mod stats;
 mod store;
+mod supply;
 
+pub use claims::Claims;
+use claims::{Command, FamilyHandle, Probe};
 use dunlin_cluster::page_map::PageMap;
 use dunlin_proto::control::Quantiles;
 use dunlin_proto::ids::ImageId;
 use dunlin_sys::uffd::Uffd;
-pub use family::Claims;
-use family::{Command, FamilyHandle};
 use rustix::fd::BorrowedFd;
 use stats::Shared;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -164,6 +166,33 @@ impl Pager {
     /// Serves a space from now on, on a new thread. If there is no thread to be had, the space comes back.
     pub fn adopt(&self, new: NewSpace) -> Result<SpaceHandle, (io::Error, Box<NewSpace>)> {
         family::start(&self.shared, new)
+    }
+
+    /// The space of a process, by its PID on this machine. A child that was forked while pages were away is told from
+    /// its siblings by watching whose page appears when one is installed: this needs pages to arrive, so it is given up
+    /// after `patience`.
+    pub fn space_of(&self, pid: i32, patience: Duration) -> Option<SpaceHandle> {
+        let spaces = self.spaces();
+        if let Some(known) = spaces.iter().find(|space| space.pid() == Some(pid)) {
+            return Some(known.clone());
+        }
+        let (send, receive) = channel();
+        let mut asked = BTreeSet::new();
+        for space in spaces.iter().filter(|space| space.pid().is_none()) {
+            if asked.insert(space.family.id()) {
+                let pagemap = dunlin_sys::vmcopy::open_pagemap(pid).ok()?;
+                let answer = send.clone();
+                space.family.send(Command::Identify(Probe {
+                    pid,
+                    pagemap,
+                    answer,
+                    suspect: None,
+                }));
+            }
+        }
+        // If no family has unknown spaces, or all end, nobody holds the other end: there is nothing to wait for.
+        drop(send);
+        receive.recv_timeout(patience).ok()
     }
 
     /// Every space that has pages elsewhere.

@@ -17,7 +17,7 @@ use dunlin_proto::peer::{Hello, PeerReply, PeerRequest, Purpose, Welcome};
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::sync::{Mutex, OnceLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 /// How long a peer may take to answer an ordinary request.
@@ -76,7 +76,7 @@ pub struct Peers {
     source: Option<IpAddr>,
     nodes: BTreeMap<Slot, (String, SocketAddr)>,
     idle: Mutex<BTreeMap<Slot, Vec<TcpStream>>>,
-    myself: OnceLock<Weak<dyn Answer>>,
+    myself: OnceLock<Arc<dyn Answer>>,
 }
 
 impl Peers {
@@ -101,7 +101,7 @@ impl Peers {
     }
 
     /// Says who answers calls to the own slot. Once.
-    pub fn set_own(&self, own: Weak<dyn Answer>) {
+    pub fn set_own(&self, own: Arc<dyn Answer>) {
         assert!(self.myself.set(own).is_ok(), "the own end of the peers is set once");
     }
 
@@ -133,8 +133,8 @@ impl Peers {
     /// Asks a node and waits for its answer for so long.
     pub fn call_within(&self, to: Slot, request: &PeerRequest, within: Duration) -> Result<PeerReply, PeerError> {
         if to == self.own {
-            let myself = self.myself.get().and_then(Weak::upgrade);
-            return Ok(myself.ok_or(PeerError::Unknown(to))?.answer(to, request.clone()));
+            let myself = self.myself.get().ok_or(PeerError::Unknown(to))?;
+            return Ok(myself.answer(to, request.clone()));
         }
         let mut stream = match self.take_idle(to) {
             Some(stream) => stream,
@@ -155,6 +155,25 @@ impl Peers {
                 source: in_words(source),
             }),
         }
+    }
+
+    /// Asks all other nodes at once.
+    pub fn call_others(&self, request: &PeerRequest, within: Duration) -> Vec<(Slot, Result<PeerReply, PeerError>)> {
+        let slots: Vec<Slot> = self.others().map(|(slot, _)| slot).collect();
+        std::thread::scope(|scope| {
+            let calls: Vec<_> = slots
+                .iter()
+                .map(|slot| (*slot, scope.spawn(|| self.call_within(*slot, request, within))))
+                .collect();
+            let lost = |slot| PeerError::Lost {
+                name: self.name(slot),
+                source: io::Error::other("the call panicked"),
+            };
+            calls
+                .into_iter()
+                .map(|(slot, call)| (slot, call.join().unwrap_or_else(|_| Err(lost(slot)))))
+                .collect()
+        })
     }
 
     /// Opens a connection for one purpose. The stream has no timeouts.

@@ -14,12 +14,14 @@ pub use registry::{Echo, Hidden, HiddenKind, Resident, Residents};
 use crate::config::NodeConfig;
 use dunlin_proto::control::ProcessRow;
 use dunlin_proto::ids::{LAST_OWN_PID, Modulus, Pid};
+use dunlin_proto::peer::Caller;
 use parse::{Stat, Status};
 use rustix::fs::{Dir, Mode, OFlags};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 
 /// No file of `/proc` is read further.
 const MAX_FILE_BYTES: u64 = 64 << 10;
@@ -53,16 +55,43 @@ impl NestProc {
         Ok(self.status(pid)?.map(|s| (s.uid, s.saved_uid)))
     }
 
+    /// Who a thread is, as a sender of signals.
+    pub fn caller(&self, tid: Pid) -> io::Result<Option<Caller>> {
+        const CAP_KILL: u64 = 1 << 5;
+        Ok(self.status(tid)?.map(|s| Caller {
+            uid: s.uid,
+            euid: s.euid,
+            privileged: s.effective_capabilities & CAP_KILL != 0,
+        }))
+    }
+
+    /// The process that a thread is of.
+    pub fn process_of(&self, tid: Pid) -> io::Result<Option<Pid>> {
+        Ok(self.status(tid)?.map(|s| s.tgid))
+    }
+
+    /// Bytes of a thread's memory. Waits for pages that are elsewhere.
+    pub fn memory(&self, tid: Pid, address: u64, into: &mut [u8]) -> io::Result<()> {
+        let path = format!("{tid}/mem");
+        let fd = rustix::fs::openat(&self.0, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        File::from(fd).read_exact_at(into, address)
+    }
+
     /// The wait status of a process that has ended and has not been reaped.
     pub fn zombie_status(&self, pid: Pid) -> io::Result<Option<i32>> {
         let stat = self.read(pid, "stat")?.and_then(|text| Stat::parse(&text));
         Ok(stat.filter(|s| s.state == 'Z').and_then(|s| s.exit_code))
     }
 
-    /// The foreground process group of a process's terminal.
-    pub fn foreground_group(&self, pid: Pid) -> io::Result<Option<i32>> {
-        let stat = self.read(pid, "stat")?.and_then(|text| Stat::parse(&text));
-        Ok(stat.map(|s| s.foreground_group).filter(|g| *g > 0))
+    /// The foreground process group of the terminal with this device number, if a session has it.
+    pub fn foreground_group(&self, terminal: u64) -> io::Result<Option<i32>> {
+        for pid in self.pids()? {
+            let stat = self.read(pid, "stat")?.and_then(|text| Stat::parse(&text));
+            if let Some(stat) = stat.filter(|s| s.terminal == terminal && s.foreground_group > 0) {
+                return Ok(Some(stat.foreground_group));
+            }
+        }
+        Ok(None)
     }
 
     fn status(&self, pid: Pid) -> io::Result<Option<Status>> {

@@ -7,7 +7,7 @@
 //!
 //! For a move: [`Runs::identify`] a descriptor at the source, [`Runs::open_remote`] at the destination, [`Runs::settle`] each
 //! stream at the source once its writers are frozen, and for the run's top process [`Runs::departed`] at the source after
-//! the commit, before the old copy's descriptors are closed, and [`Runs::arrived`] at the destination.
+//! the commit. What a terminal is like is remembered by the run's origin in between.
 
 mod record;
 #[cfg(test)]
@@ -80,6 +80,11 @@ impl Run {
         self.pid.get().copied()
     }
 
+    /// Whose it is.
+    pub fn owner(&self) -> Owner {
+        self.owner
+    }
+
     /// Its streams.
     pub fn streams(&self) -> &Arc<Streams> {
         &self.streams
@@ -124,8 +129,13 @@ impl Runs {
         })
     }
 
-    /// Makes the streams of a run and starts it by `spawn`, which is given its descriptors 0, 1 and 2. Output goes to
-    /// `drain` (a detached run's to its log); `lost` is called if that fails.
+    /// Is it neither over nor abandoned?
+    pub fn is_live(&self, run: &Run) -> bool {
+        self.lock().runs.contains_key(&run.id.nonce)
+    }
+
+    /// Makes the streams of a run and starts it by `spawn`, which is given its descriptors 0, 1 and 2. Its caller is
+    /// told by `drain` of the start, then of output (a detached run's to its log); `lost` is called if that fails.
     pub fn start<E: From<io::Error>>(
         &self,
         owner: Owner,
@@ -167,10 +177,14 @@ impl Runs {
         match started {
             Ok(pid) => {
                 assert!(run.pid.set(pid).is_ok(), "a run is started once");
-                if let Some(handle) = handle {
-                    self.logs.name(id.nonce, pid, &handle)?;
+                run.streams.set_top(pid);
+                // The program runs: what fails now is not a reason to say that it does not.
+                let named = handle.map_or(Ok(()), |handle| self.logs.name(id.nonce, pid, &handle));
+                if let Err(e) = named.and_then(|()| self.keep(&run)) {
+                    tracing::warn!("run {pid} will not survive this daemon: {e}");
                 }
-                self.keep(&run)?;
+                let started = (wiring != Wiring::Detached).then_some(Reply::Started { pid });
+                run.streams.outbox().release(started);
                 Ok(run)
             }
             Err(e) => {
@@ -255,7 +269,7 @@ impl Runs {
     /// origin, else of the local relay's. Its open file description is new; flags and position are the mover's.
     pub fn open_remote(&self, stream: StreamRef) -> io::Result<OwnedFd> {
         if stream.run.origin == self.own {
-            let run = self.lock().runs.get(&stream.run.nonce).cloned();
+            let run = self.run(stream.run);
             let port = run
                 .and_then(|r| r.streams.port(stream.stream))
                 .ok_or_else(|| gone(stream))?;
@@ -287,10 +301,10 @@ impl Runs {
     }
 
     /// Returns when everything that was written here to the stream is in its place in the run's output. Whoever writes is
-    /// frozen. For a terminal, says what it is like; `user` is a process here that has it.
-    pub fn settle(&self, stream: StreamRef, user: Pid) -> io::Result<Option<TtyState>> {
+    /// frozen. For a terminal, says what it is like.
+    pub fn settle(&self, stream: StreamRef) -> io::Result<Option<TtyState>> {
         let port = if stream.run.origin == self.own {
-            let run = self.lock().runs.get(&stream.run.nonce).cloned();
+            let run = self.run(stream.run);
             let port = run
                 .and_then(|r| r.streams.port(stream.stream))
                 .ok_or_else(|| gone(stream))?;
@@ -301,15 +315,17 @@ impl Runs {
             relay.settle()?;
             relay.port().clone()
         };
-        if stream.stream != StreamKind::Tty {
-            return Ok(None);
+        match (stream.stream, port.identity()) {
+            (StreamKind::Tty, Identity::Terminal(_, number)) => {
+                let master = port.far().ok_or_else(|| gone(stream))?;
+                let foreground = self.proc.foreground_group(number)?;
+                Ok(Some(TtyState {
+                    foreground,
+                    ..terminal::state(&master)?
+                }))
+            }
+            (StreamKind::Tty | StreamKind::Stdin | StreamKind::Stdout | StreamKind::Stderr, _) => Ok(None),
         }
-        let master = port.far().ok_or_else(|| gone(stream))?;
-        let foreground = self.proc.foreground_group(user)?;
-        Ok(Some(TtyState {
-            foreground,
-            ..terminal::state(&master)?
-        }))
     }
 
     /// Everything that processes wrote here to other nodes' runs is in its place. For the end of a process, before that
@@ -323,12 +339,10 @@ impl Runs {
         }
     }
 
-    /// The top process of a run has gone from here to `to`: its input follows it. Before the old copy's descriptors are
-    /// closed.
+    /// The top process of a run has gone from here to `to`: its input follows it.
     pub fn departed(&self, run: RunId, to: Slot) -> io::Result<()> {
         if run.origin == self.own {
-            let run = self.lock().runs.get(&run.nonce).cloned();
-            return run.map_or(Ok(()), |r| r.streams.leave_here(to));
+            return self.run(run).map_or(Ok(()), |r| r.streams.leave_here(to));
         }
         match self.relay(|r| r.stream().run == run && r.stream().stream.takes_input()) {
             Some(relay) => relay.leave(to),
@@ -336,41 +350,63 @@ impl Runs {
         }
     }
 
-    /// The top process of a run has come here; `tty` is what [`Runs::settle`] said at its source. To be called before it runs.
-    pub fn arrived(&self, run: RunId, tty: Option<&TtyState>) -> io::Result<()> {
-        let Some(tty) = tty else { return Ok(()) };
+    /// Makes the terminal of a run, as processes here see it, like this.
+    pub fn set_terminal(&self, run: RunId, state: &TtyState) -> io::Result<()> {
         let stream = StreamRef {
             run,
             stream: StreamKind::Tty,
         };
         let port = if run.origin == self.own {
-            let run = self.lock().runs.get(&run.nonce).cloned();
-            run.and_then(|r| r.streams.port(StreamKind::Tty))
+            self.run(run).and_then(|r| r.streams.port(StreamKind::Tty))
         } else {
             self.relay(|r| r.stream() == stream).map(|r| r.port().clone())
         };
         let master = port.and_then(|p| p.far()).ok_or_else(|| gone(stream))?;
-        terminal::set_state(&master, tty)
+        terminal::set_state(&master, state)
     }
 
-    /// A node says that it has the top process of a run; `false`: its input is still on its way to the origin from elsewhere.
-    pub fn input_is_at(&self, run: RunId, node: Slot) -> bool {
-        let run = self.lock().runs.get(&run.nonce).cloned();
-        run.is_none_or(|r| r.streams.is_at(node))
+    /// At a run's origin: what its terminal was like where it was used last.
+    pub fn terminal(&self, run: RunId) -> Option<TtyState> {
+        self.run(run)?.streams.tty()
+    }
+
+    /// At a run's origin: remembers that.
+    pub fn terminal_is(&self, run: RunId, state: TtyState) {
+        if let Some(run) = self.run(run) {
+            run.streams.set_tty(state);
+        }
+    }
+
+    /// The process that a run's input follows, if that is known here.
+    pub fn top(&self, run: RunId) -> Option<Pid> {
+        if run.origin == self.own {
+            return self.run(run)?.pid();
+        }
+        self.relay(|r| r.stream().run == run && r.top().is_some())?.top()
+    }
+
+    /// At a run's origin: a node says that it has this process of the run; `false`: it is the top process, and what it has
+    /// not read elsewhere is still on its way back.
+    pub fn is_at(&self, run: RunId, pid: Pid, node: Slot) -> bool {
+        self.run(run)
+            .is_none_or(|r| r.pid() != Some(pid) || r.streams.is_at(node))
+    }
+
+    fn run(&self, id: RunId) -> Option<Arc<Run>> {
+        self.lock().runs.get(&id.nonce).filter(|r| r.id == id).cloned()
     }
 
     /// Serves the connection of another node's relay until it ends.
     pub fn serve(&self, from: Slot, open: StreamOpen, mut stream: TcpStream) -> io::Result<()> {
-        let run = self.lock().runs.get(&open.stream.run.nonce).cloned();
-        match run.filter(|r| r.id == open.stream.run) {
+        match self.run(open.stream.run) {
             Some(run) => run.streams.serve(from, open, stream),
             None => dunlin_proto::frame::write(&mut stream, &dunlin_proto::stream::StreamFrame::Close),
         }
     }
 
-    /// Takes up what the nest kept for a daemon before this one. `lives`: is the process still there, or away from here,
-    /// but not ended?
-    pub fn restore(&self, lives: impl Fn(Pid) -> bool) -> io::Result<()> {
+    /// Takes up what the nest kept for a daemon before this one. `lives`: is the process of this user still there, or
+    /// away from here, but not ended?
+    pub fn restore(&self, lives: impl Fn(Pid, u32) -> bool) -> io::Result<()> {
         for label in self.keeper.labels()? {
             let restored = match record::parse_label(&label) {
                 Some(record::Label::Run(nonce)) => self.restore_run(nonce, &label, &lives),
@@ -385,21 +421,19 @@ impl Runs {
         Ok(())
     }
 
-    fn restore_run(&self, nonce: u64, label: &str, lives: &impl Fn(Pid) -> bool) -> io::Result<()> {
+    fn restore_run(&self, nonce: u64, label: &str, lives: &impl Fn(Pid, u32) -> bool) -> io::Result<()> {
         let Some((fds, bytes)) = self.keeper.kept(label)? else {
             return Ok(());
         };
         let record = RunRecord::decode(&bytes)?;
-        if !lives(record.pid) {
-            self.forget(label);
-            return Ok(());
-        }
         let id = RunId {
             origin: self.own,
             nonce,
         };
         let log = self.logs.resume(record.pid, record.uid)?;
-        let streams = self.streams(id, Outbox::start(Box::new(log), || {})?);
+        let outbox = Outbox::start(Box::new(log), || {})?;
+        outbox.release(None);
+        let streams = self.streams(id, outbox);
         for (stream, fd) in record.streams.iter().zip(fds) {
             streams.adopt(*stream, fd)?;
         }
@@ -416,7 +450,12 @@ impl Runs {
             sort: record.sort,
             streams,
         });
-        self.lock().runs.insert(nonce, run);
+        run.streams.set_top(record.pid);
+        self.lock().runs.insert(nonce, run.clone());
+        if !lives(record.pid, record.uid) {
+            run.streams.drain();
+            self.end(&run, None);
+        }
         Ok(())
     }
 

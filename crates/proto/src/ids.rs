@@ -45,14 +45,26 @@ impl Modulus {
     }
 }
 
-/// How many times an entry has changed place. Raised by every committed or aborted move; a message with an older
-/// one is dropped.
+/// Which of two pieces of news about a process is the newer. Raised by every committed or aborted move; older news is dropped.
+///
+/// A commit outranks any number of aborts (the low 16 bits count those since the last commit): a process is moved by the
+/// decision of its own home or of another one (as part of a tree), which may not have heard of the other's aborts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 pub struct Incarnation(pub u64);
 
 impl Incarnation {
-    /// The incarnation after this one.
-    pub fn next(self) -> Self {
+    /// The incarnation after a committed move.
+    pub fn after_commit(self) -> Self {
+        Incarnation(((self.0 >> 16) + 1) << 16)
+    }
+
+    /// How many commits there were.
+    pub fn commits(self) -> u64 {
+        self.0 >> 16
+    }
+
+    /// The incarnation after an aborted move.
+    pub fn after_abort(self) -> Self {
         Incarnation(self.0 + 1)
     }
 }

@@ -9,7 +9,7 @@
 //! users of its own control socket, and about nothing else.
 
 use crate::control::{ExitStatus, Failure, NodeStatus, ProcessRow};
-use crate::ids::{ImageId, Incarnation, MoveId, Pid, RunId, Slot};
+use crate::ids::{ImageId, Pid, RunId, Slot};
 use crate::stream::{StreamOpen, TtyState};
 use serde::{Deserialize, Serialize};
 
@@ -35,8 +35,6 @@ pub enum Purpose {
     Rpc,
     /// One command of a user of the calling node.
     Command(Caller),
-    /// The protocol of one move.
-    Move(MoveId),
     /// The words of the move protocol, one way: [`crate::relocation::MoveMsg`] frames.
     Relocation,
     /// The pages of one image.
@@ -119,17 +117,6 @@ pub enum PeerRequest {
         /// Who asks.
         by: Caller,
     },
-    /// To a process's home: it has ended on the calling node (`Done`).
-    Exited {
-        /// The process.
-        pid: Pid,
-        /// Whose it was.
-        uid: u32,
-        /// How it ended.
-        status: ExitStatus,
-        /// The entry's, as the calling node knows it.
-        incarnation: Incarnation,
-    },
     /// To a node that may hold surrogates of `child` (`Done`).
     ChildChanged {
         /// Whose parent would be told by its kernel.
@@ -137,10 +124,20 @@ pub enum PeerRequest {
         /// What has become of it.
         change: Change,
     },
-    /// To the origin of a run: its top process is on the calling node now, its input is to go there (`Done`, `NotHere`).
+    /// To the origin of a run: this process of it has come to the calling node. If it is the top process, the input goes
+    /// there from now on (`Done`); `NotYet`: what it has not read elsewhere must come back first.
     InputHere {
         /// The run.
         run: RunId,
+        /// The process.
+        pid: Pid,
+    },
+    /// To the origin of a run: what its terminal is like on the node that gives the process up (`Done`).
+    TerminalIs {
+        /// The run.
+        run: RunId,
+        /// What it is like.
+        state: TtyState,
     },
     /// To the node that a process has come to: how far its pages have come (`Drain`).
     Drain {
@@ -155,8 +152,7 @@ pub enum PeerRequest {
     },
     /// What CLOCK_MONOTONIC and CLOCK_BOOTTIME of the called node are, outside its nest (`Clocks`).
     Clocks,
-    /// To the origin of a run: the state of its terminal, as the node that gave the process up last told it (`Tty`,
-    /// `NotHere`).
+    /// To the origin of a run: what its terminal is like, as [`PeerRequest::TerminalIs`] said last (`Tty`, `NotHere`).
     Terminal {
         /// The run.
         run: RunId,
@@ -236,4 +232,6 @@ pub struct Drain {
     pub fault_us: crate::control::Quantiles,
     /// The pager's work is over.
     pub finished: bool,
+    /// How many pages were compared with the original before it ran.
+    pub verified_pages: Option<u64>,
 }

@@ -228,13 +228,10 @@ pub enum DestinationToHome {
         /// The processes; the first is the root.
         members: Vec<Member>,
     },
-    /// It runs.
+    /// It runs; or it has ended, and whoever must know of that will be told.
     Resumed,
     /// My daemon was restarted and the copy is not there: it had not been resumed, or it has ended since.
-    Gone {
-        /// The root, as it was before the move.
-        root: Claim,
-    },
+    Gone,
 }
 
 /// From the home to the destination.
@@ -244,11 +241,12 @@ pub enum HomeToDestination {
     Granted,
     /// Destroy it.
     Denied,
-    /// I know that it runs.
+    /// I know that it runs, or has run.
     ResumedNoted,
-    /// I know that it is gone.
+    /// It is gone, then.
     GoneNoted {
-        /// The move was committed: what is gone was the process. Otherwise it runs on at its source.
+        /// The move was committed: what is gone was the process, and the destination is to tell everyone. Otherwise it runs on
+        /// at its source.
         committed: bool,
     },
 }

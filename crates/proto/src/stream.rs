@@ -9,7 +9,7 @@
 //! Owns these types. Refuses to know pipes and terminals.
 
 use crate::control::WindowSize;
-use crate::ids::{RunId, Slot};
+use crate::ids::{Pid, RunId, Slot};
 use serde::{Deserialize, Serialize};
 
 /// Bytes under way in one direction of one stream.
@@ -29,6 +29,27 @@ pub enum StreamKind {
 }
 
 impl StreamKind {
+    /// 0, 1 and 2 as descriptors are; 3 for the terminal.
+    pub fn number(self) -> u8 {
+        match self {
+            StreamKind::Stdin => 0,
+            StreamKind::Stdout => 1,
+            StreamKind::Stderr => 2,
+            StreamKind::Tty => 3,
+        }
+    }
+
+    /// From [`StreamKind::number`].
+    pub fn from_number(number: u8) -> Option<StreamKind> {
+        let all = [
+            StreamKind::Stdin,
+            StreamKind::Stdout,
+            StreamKind::Stderr,
+            StreamKind::Tty,
+        ];
+        all.into_iter().find(|stream| stream.number() == number)
+    }
+
     /// Bytes flow from the origin to the process.
     pub fn takes_input(self) -> bool {
         match self {
@@ -73,6 +94,8 @@ pub enum StreamFrame {
     Resume {
         /// Bytes since the relay's first.
         received: u64,
+        /// The run's top process: the one that the input follows.
+        top: Option<Pid>,
     },
     /// Bytes of the stream; at most 64 KiB.
     Data(Vec<u8>),

@@ -1,7 +1,8 @@
 //! Which pages of an address space exist, and which were written: `/proc/PID/pagemap`.
 //!
 //! Owns the PAGEMAP_SCAN ioctl (Linux 6.7) and the layout of an entry. Refuses to know why anyone asks. Invariants: a
-//! scan holds a bounded buffer however many ranges there are; the file outlives the task whose memory it shows, as long
+//! scan holds a bounded buffer however many ranges there are; an address space that is gone is an error (ESRCH), never
+//! an empty one; the file outlives the task whose memory it shows, as long
 //! as any process shares that memory.
 //!
 //! References: `Documentation/admin-guide/mm/pagemap.rst`, ioctl_pagemap_scan(2).
@@ -178,6 +179,11 @@ fn scan_once(fd: &impl AsFd, start: u64, end: u64, query: Query) -> Result<(Vec<
     if walked <= start {
         return Err(Errno(libc::EIO));
     }
+    // The kernel scans an address space that is gone as if it were empty; a read tells the difference, and comes after
+    // the scan, so that what was found before it is true.
+    if rustix::io::pread(fd, &mut [0u8; 8], start / PAGE * 8) != Ok(8) {
+        return Err(Errno(libc::ESRCH));
+    }
     let found = found
         .iter()
         .map(|r| Range {
@@ -213,8 +219,10 @@ pub fn entries(pagemap: &File, start: u64, count: usize) -> Result<impl Iterator
     let read = pagemap
         .read_at(&mut bytes[..wanted], start / PAGE * 8)
         .map_err(|e| Errno(e.raw_os_error().unwrap_or(libc::EIO)))?;
-    // A short answer means that the address space is gone: nothing has content.
-    bytes[read..].fill(0);
+    if read < wanted {
+        // The file ends at once when the address space is gone: that says nothing about the pages.
+        return Err(Errno(libc::ESRCH));
+    }
     Ok((0..count.min(64)).map(move |i| {
         Entry(u64::from_ne_bytes(
             bytes[8 * i..8 * i + 8].try_into().expect("eight bytes"),

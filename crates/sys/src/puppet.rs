@@ -33,9 +33,10 @@ enum Op {
     Exit,
     Threads,
     Userfaultfd,
+    Close,
 }
 
-const OPS: [Op; 15] = [
+const OPS: [Op; 16] = [
     Op::Mmap,
     Op::Munmap,
     Op::Mremap,
@@ -51,6 +52,7 @@ const OPS: [Op; 15] = [
     Op::Exit,
     Op::Threads,
     Op::Userfaultfd,
+    Op::Close,
 ];
 
 /// A child of the test process, and those it forked.
@@ -281,7 +283,10 @@ impl Hand<'_> {
         let number = self.call(Op::Userfaultfd, [0; 5])? as i32;
         let pid = Pid::from_raw(self.puppet.pid()).ok_or(io::ErrorKind::NotFound)?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-        Ok(pidfd_getfd(pidfd, number, PidfdGetfdFlags::empty())?)
+        let taken = pidfd_getfd(pidfd, number, PidfdGetfdFlags::empty())?;
+        // Its own copy must go, or the taken one would not be the last.
+        self.call(Op::Close, [number as u64, 0, 0, 0, 0])?;
+        Ok(taken)
     }
 }
 
@@ -379,6 +384,7 @@ fn perform(op: Op, [a, b, c, d, e]: [u64; 5], slot: &mut usize) -> Option<i64> {
                 .filter(|seen| *seen)
                 .count() as i64
         }
+        Op::Close => raw(libc::SYS_close, [a, 0, 0, 0, 0]),
         Op::Userfaultfd => raw(
             libc::SYS_userfaultfd,
             [(libc::O_CLOEXEC | libc::O_NONBLOCK) as u64, 0, 0, 0, 0],

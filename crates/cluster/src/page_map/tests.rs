@@ -68,7 +68,7 @@ fn check(map: &PageMap, model: &mut Model, seed: u64, step: u32) {
     }
     assert_eq!(map.per_image(), &counts, "{context}: counts");
     assert_eq!(
-        map.asked,
+        map.asked.values().sum::<u64>(),
         model.away().filter(|p| p.3).count() as u64,
         "{context}: asked"
     );

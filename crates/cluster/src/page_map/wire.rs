@@ -48,6 +48,7 @@ impl PageMap {
                         return Err(MapError::Malformed("a page is at two images"));
                     }
                 }
+                map.images.insert(layer.image);
                 let asked = Bits::empty(region.pages);
                 read.layers.push(Layer {
                     image: layer.image,

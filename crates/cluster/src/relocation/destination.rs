@@ -10,8 +10,8 @@ use super::{Limits, Now, Retry, entries_after_commit};
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{MoveId, Slot};
 use dunlin_proto::relocation::{
-    Claim, DestinationToHome, DestinationToSource, Ending, EntryChange, HomeToDestination, MAX_IDS, MAX_MEMBERS,
-    Member, MoveMsg, Notice, SourceToDestination,
+    DestinationToHome, DestinationToSource, Ending, EntryChange, HomeToDestination, MAX_IDS, MAX_MEMBERS, Member,
+    MoveMsg, Notice, SourceToDestination,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
@@ -72,7 +72,9 @@ pub enum DestinationAction {
         /// This.
         msg: MoveMsg,
     },
-    /// Would it move (the proposal)? Then `Accepted` or `Refused`.
+    /// Would it move (the proposal)? Then `Accepted` or `Refused`. To be refused, too, as long as a PID is in use here, by a
+    /// copy whose move away has an outcome that this node does not know yet, or by another move's blank; and as long as there is
+    /// a record of another move with this PID, since [`Found`] could not tell after a restart which of them it was.
     Check(Vec<u8>),
     /// Make what can be made before the essence; then `Prepared` or `Failed`.
     Prepare(Vec<u8>),
@@ -115,7 +117,7 @@ enum State {
         members: Vec<Member>,
         retry: Retry,
     },
-    /// It runs; the home is told until it knows.
+    /// It runs, or its end is told to all concerned; the home is told until it knows.
     Running {
         retry: Retry,
     },
@@ -158,10 +160,10 @@ impl DestinationMove {
         } = record;
         let mut this = DestinationMove::new(here, limits, move_id, home, State::Ended);
         match (ended, found) {
-            (Some(ending), _) => this.tell_end(&members, ending),
+            (Some(ending), _) => this.tell_end(now, &members, ending),
             (None, Found::Running) => this.tell_running(now, &members),
             (None, Found::Ended(ending)) => {
-                this.tell_gone(&members);
+                this.tell_home(DestinationToHome::Gone);
                 let retry = Retry::asked(now);
                 this.state = State::Gone { members, ending, retry };
             }
@@ -266,13 +268,9 @@ impl DestinationMove {
                     self.tell_home(DestinationToHome::Resumed);
                 }
             }
-            State::Gone { members, retry, .. } => {
+            State::Gone { retry, .. } => {
                 if retry.is_due(now) {
-                    let members = std::mem::take(members);
-                    self.tell_gone(&members);
-                    if let State::Gone { members: again, .. } = &mut self.state {
-                        *again = members;
-                    }
+                    self.tell_home(DestinationToHome::Gone);
                 }
             }
             State::Checking | State::Preparing | State::Rebuilding { .. } | State::Ended => {}
@@ -349,7 +347,7 @@ impl DestinationMove {
                 {
                     if committed {
                         self.persist(members.clone(), Some(ending));
-                        self.tell_end(&members, ending);
+                        self.tell_end(now, &members, ending);
                     } else {
                         self.do_(DestinationAction::Forget);
                     }
@@ -391,29 +389,27 @@ impl DestinationMove {
 
     fn tell_running(&mut self, now: Now, members: &[Member]) {
         self.do_(DestinationAction::Learn(entries_after_commit(members, self.here)));
+        self.tell_resumed(now);
+    }
+
+    fn tell_resumed(&mut self, now: Now) {
         self.tell_home(DestinationToHome::Resumed);
         let retry = Retry::asked(now);
         self.state = State::Running { retry };
     }
 
-    fn tell_gone(&mut self, members: &[Member]) {
-        if let Some(root) = members.first() {
-            let (pid, incarnation) = (root.pid, root.incarnation);
-            let root = Claim { pid, incarnation };
-            self.tell_home(DestinationToHome::Gone { root });
-        }
-    }
-
     /// The processes have ended here: all homes are to know, and whoever keeps pages for them.
-    fn tell_end(&mut self, members: &[Member], ending: Ending) {
+    fn tell_end(&mut self, now: Now, members: &[Member], ending: Ending) {
         for member in members {
-            let (pid, incarnation) = (member.pid, member.incarnation.next());
+            let (pid, incarnation) = (member.pid, member.incarnation.after_commit());
             let notice = Notice::Ended {
                 pid,
                 incarnation,
                 ending,
             };
-            for to in member.homes.iter().copied().chain([self.here]) {
+            let mut nodes = member.homes.clone();
+            nodes.insert(self.here);
+            for to in nodes {
                 self.do_(DestinationAction::Post { to, notice });
             }
             for move_id in member.images.iter().copied().chain([self.move_id]) {
@@ -421,7 +417,7 @@ impl DestinationMove {
                 self.do_(DestinationAction::Post { to, notice });
             }
         }
-        self.do_(DestinationAction::Forget);
+        self.tell_resumed(now);
     }
 
     fn persist(&mut self, members: Vec<Member>, ended: Option<Ending>) {
@@ -465,3 +461,7 @@ fn check_members(members: &[Member]) -> Result<(), String> {
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+#[path = "destination_tests.rs"]
+mod tests;

@@ -6,90 +6,18 @@
 //! it; an abort is remembered until the source knows, a commit until source, destination and the homes of all ids that
 //! moved along know; a move without a record is answered as aborted.
 
+pub use super::ledger::{Durable, Ledger, MoveRecord, Stage};
 use super::{Now, Retry};
-use crate::table::{Place, Reservations, Row, Table};
+use crate::table::{Place, Reservations, Table};
 use dunlin_proto::ids::{Incarnation, Modulus, MoveId, Pid, Slot};
 use dunlin_proto::relocation::{
     Claim, DestinationToHome, Ending, EntryChange, HomeToDestination, HomeToHome, HomeToSource, LeaseRefusal, MAX_IDS,
     MAX_MEMBERS, Member, MoveMsg, Notice, Outcome, SourceToHome,
 };
-use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// At most so many moves are open at one home, decided ones that someone does not yet know included.
 pub const MAX_MOVES: usize = 4096;
-
-/// One move, as its home remembers it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MoveRecord {
-    /// The move.
-    pub move_id: MoveId,
-    /// Where to.
-    pub destination: Slot,
-    /// What was leased.
-    pub claims: Vec<Claim>,
-    /// How far it has come.
-    pub stage: Stage,
-}
-
-/// How far a move has come, for its home.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Stage {
-    /// Undecided.
-    Leased,
-    /// Decided; the source does not yet know.
-    Aborted {
-        /// The entries in their new incarnations.
-        raised: Vec<Claim>,
-    },
-    /// Decided.
-    Committed {
-        /// Where everything is since.
-        entries: Vec<EntryChange>,
-        /// The source knows.
-        source_knows: bool,
-        /// It runs at the destination, or has run there.
-        destination_done: bool,
-        /// Homes that do not yet know.
-        untold: BTreeSet<Slot>,
-    },
-}
-
-/// One thing to be made durable.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Durable {
-    /// A row of the table.
-    Row(Row),
-    /// A move, in place of its earlier record.
-    Move(MoveRecord),
-    /// A move is not to be remembered any more.
-    MoveForgotten(MoveId),
-}
-
-/// What the home must know after a restart: the sum of all it had made durable.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Ledger {
-    rows: BTreeMap<Pid, Row>,
-    moves: BTreeMap<MoveId, MoveRecord>,
-}
-
-impl Ledger {
-    /// Adds one thing.
-    pub fn apply(&mut self, durable: Durable) {
-        match durable {
-            Durable::Row(row @ (Row::Entry(pid, _) | Row::Grave(pid, _))) => drop(self.rows.insert(pid, row)),
-            Durable::Row(Row::Absent(pid)) => drop(self.rows.remove(&pid)),
-            Durable::Move(record) => drop(self.moves.insert(record.move_id, record)),
-            Durable::MoveForgotten(move_id) => drop(self.moves.remove(&move_id)),
-        }
-    }
-
-    /// The same as a list, to begin a new log with.
-    pub fn entries(&self) -> impl Iterator<Item = Durable> + '_ {
-        let rows = self.rows.values().cloned().map(Durable::Row);
-        rows.chain(self.moves.values().cloned().map(Durable::Move))
-    }
-}
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -122,10 +50,9 @@ pub enum HomeAction {
         /// This.
         msg: MoveMsg,
     },
-    /// Make these durable: all or none.
+    /// Make these durable, in this order: if the daemon dies meanwhile, a beginning may survive.
     Persist(Vec<Durable>),
-    /// To [`crate::allotment::Allotment::reserve_only`], after a restart.
-    ReserveOnly(Vec<Pid>),
+
     /// To [`crate::allotment::Allotment::reserve`].
     Reserve(Vec<Pid>),
     /// To [`crate::allotment::Allotment::release`].
@@ -172,12 +99,64 @@ impl Home {
                 .collect(),
             actions: VecDeque::new(),
         };
-        this.do_(HomeAction::ReserveOnly(reserved));
+        if !reserved.is_empty() {
+            this.do_(HomeAction::Reserve(reserved));
+        }
         let known: Vec<MoveId> = this.moves.keys().copied().collect();
         for move_id in known {
+            this.redo(move_id);
             this.remind(move_id);
         }
         this
+    }
+
+    /// Of what was made durable together, only the beginning may have survived: the record comes first, the rows follow
+    /// from it.
+    fn redo(&mut self, move_id: MoveId) {
+        let Some(open) = self.moves.get(&move_id) else { return };
+        let MoveRecord {
+            destination,
+            claims,
+            stage,
+            ..
+        } = open.record.clone();
+        let mut reservations = Reservations::default();
+        match stage {
+            Stage::Leased => {
+                for claim in claims {
+                    if self.is_ours(claim.pid) && self.is_there(move_id, claim).is_ok() {
+                        self.table.lease(claim.pid, move_id, destination);
+                    }
+                }
+            }
+            Stage::Aborted { .. } => {
+                for claim in claims {
+                    self.table.unlease(claim.pid, move_id);
+                }
+            }
+            Stage::Committed { entries, .. } => reservations = self.change_entries(move_id, &entries, &claims),
+        }
+        self.persist(Vec::new(), reservations);
+    }
+
+    fn is_ours(&self, pid: Pid) -> bool {
+        self.modulus.home(pid) == Some(self.here)
+    }
+
+    /// Brings the table up to a commit.
+    fn change_entries(&mut self, move_id: MoveId, entries: &[EntryChange], claims: &[Claim]) -> Reservations {
+        let mut reservations = Reservations::default();
+        for entry in entries {
+            // There was room when it was decided.
+            if let Ok(more) = self.table.commit(entry) {
+                reservations.add(more);
+            }
+        }
+        // Those that ended before the freeze.
+        for claim in claims {
+            self.table.unlease(claim.pid, move_id);
+        }
+        reservations
     }
 
     /// Where processes are.
@@ -213,24 +192,17 @@ impl Home {
             HomeEvent::FromHome(from, move_id, word) => self.hear_home(from, move_id, word),
             HomeEvent::Ended(from, pid, incarnation, ending) => self.ended(from, pid, incarnation, ending),
             HomeEvent::Learn(entries) => {
-                for entry in &entries {
-                    match self.table.learn(entry) {
-                        Ok(reservations) => self.reserve(reservations),
-                        Err(_) => self.do_(HomeAction::TableFull(entry.clone())),
-                    }
-                }
-                self.persist(Vec::new());
+                self.learn(&entries);
             }
             HomeEvent::Raise(claims) => {
                 for claim in claims {
                     self.table.raise(claim.pid, claim.incarnation);
                 }
-                self.persist(Vec::new());
+                self.persist(Vec::new(), Reservations::default());
             }
             HomeEvent::Born(pid) => {
                 let reservations = self.table.born(pid);
-                self.persist(Vec::new());
-                self.reserve(reservations);
+                self.persist(Vec::new(), reservations);
             }
         }
     }
@@ -324,7 +296,7 @@ impl Home {
         if claims.len() > MAX_MEMBERS || pids.len() < claims.len() || destination == move_id.source {
             return Err(LeaseRefusal::Invalid);
         }
-        if self.modulus.home(root.pid) != Some(self.here) {
+        if !self.is_ours(root.pid) {
             return Err(LeaseRefusal::NotHome);
         }
         if self.moves.len() >= MAX_MOVES {
@@ -336,7 +308,7 @@ impl Home {
     /// Is a claimed process, if it is of this slot, on the source, in this incarnation, and in no other move's lease?
     fn is_there(&self, move_id: MoveId, claim: Claim) -> Result<(), LeaseRefusal> {
         let pid = claim.pid;
-        if self.modulus.home(pid) != Some(self.here) {
+        if !self.is_ours(pid) {
             return Ok(());
         }
         match self.table.entry(pid).map(|e| e.place) {
@@ -357,7 +329,7 @@ impl Home {
 
     fn lease(&mut self, now: Now, move_id: MoveId, destination: Slot, claims: Vec<Claim>) {
         for claim in &claims {
-            if self.modulus.home(claim.pid) == Some(self.here) {
+            if self.is_ours(claim.pid) {
                 self.table.lease(claim.pid, move_id, destination);
             }
         }
@@ -367,7 +339,7 @@ impl Home {
             claims,
             stage: Stage::Leased,
         };
-        self.decide(now, record);
+        self.decide(now, record, Reservations::default());
         self.tell_source(move_id, HomeToSource::Leased);
     }
 
@@ -401,24 +373,19 @@ impl Home {
                 }
                 self.tell_destination(from, move_id, HomeToDestination::ResumedNoted);
             }
-            DestinationToHome::Gone { root } => {
-                match known.map(|record| &record.stage) {
-                    Some(Stage::Leased) => self.abort(now, move_id),
-                    Some(Stage::Committed { .. }) => self.update(move_id, destination_is_done),
-                    Some(Stage::Aborted { .. }) | None => {}
-                }
-                let word = HomeToDestination::GoneNoted {
-                    committed: self.is_committed_to(from, root),
+            // The record stays until the destination has taken over telling everyone.
+            DestinationToHome::Gone => {
+                let committed = match known.map(|record| &record.stage) {
+                    Some(Stage::Leased) => {
+                        self.abort(now, move_id);
+                        false
+                    }
+                    Some(Stage::Committed { .. }) => true,
+                    Some(Stage::Aborted { .. }) | None => false,
                 };
-                self.tell_destination(from, move_id, word);
+                self.tell_destination(from, move_id, HomeToDestination::GoneNoted { committed });
             }
         }
-    }
-
-    /// Was `root` given to `node` in its next incarnation? The table knows after the record is forgotten.
-    fn is_committed_to(&self, node: Slot, root: Claim) -> bool {
-        let entry = self.table.entry(root.pid);
-        entry.is_some_and(|e| e.incarnation == root.incarnation.next() && e.place == Place::At(node))
     }
 
     fn may_commit(&self, move_id: MoveId, members: &[Member]) -> bool {
@@ -444,17 +411,7 @@ impl Home {
         };
         let mut record = open.record;
         let entries = super::entries_after_commit(members, record.destination);
-        let mut reservations = Reservations::default();
-        for entry in &entries {
-            if let Ok(more) = self.table.commit(entry) {
-                reservations.reserve.extend(more.reserve);
-                reservations.release.extend(more.release);
-            }
-        }
-        // Those that ended before the freeze.
-        for claim in &record.claims {
-            self.table.unlease(claim.pid, move_id);
-        }
+        let reservations = self.change_entries(move_id, &entries, &record.claims);
         let mut untold: BTreeSet<Slot> = members.iter().flat_map(|m| m.homes.iter().copied()).collect();
         // These learn it by the outcome and by the grant.
         for knowing in [self.here, move_id.source, record.destination] {
@@ -466,8 +423,7 @@ impl Home {
             destination_done: false,
             untold,
         };
-        self.decide(now, record);
-        self.reserve(reservations);
+        self.decide(now, record, reservations);
         self.remind(move_id);
     }
 
@@ -483,14 +439,14 @@ impl Home {
         let raised: Vec<Claim> = record.claims.iter().filter_map(raised).collect();
         let destination = record.destination;
         record.stage = Stage::Aborted { raised };
-        self.decide(now, record);
+        self.decide(now, record, Reservations::default());
         self.tell_destination(destination, move_id, HomeToDestination::Denied);
         self.remind(move_id);
     }
 
     /// Sets a record and makes it durable, with the rows that changed.
-    fn decide(&mut self, now: Now, record: MoveRecord) {
-        self.persist(vec![Durable::Move(record.clone())]);
+    fn decide(&mut self, now: Now, record: MoveRecord, reservations: Reservations) {
+        self.persist(vec![Durable::Move(record.clone())], reservations);
         let retry = Retry::asked(now);
         self.moves.insert(record.move_id, Open { record, retry });
     }
@@ -515,30 +471,18 @@ impl Home {
         };
         if is_over {
             self.moves.remove(&move_id);
-            self.persist(vec![Durable::MoveForgotten(move_id)]);
+            self.persist(vec![Durable::MoveForgotten(move_id)], Reservations::default());
         } else {
             let record = open.record.clone();
-            self.persist(vec![Durable::Move(record)]);
+            self.persist(vec![Durable::Move(record)], Reservations::default());
         }
     }
 
     fn hear_home(&mut self, from: Slot, move_id: MoveId, word: HomeToHome) {
         match word {
             HomeToHome::EntriesChanged { entries } => {
-                let mut reservations = Vec::new();
-                for entry in &entries {
-                    match self.table.learn(entry) {
-                        Ok(more) => reservations.push(more),
-                        // Told again until there is room.
-                        Err(_) => self.do_(HomeAction::TableFull(entry.clone())),
-                    }
-                }
-                self.persist(Vec::new());
-                let is_whole = reservations.len() == entries.len();
-                for more in reservations {
-                    self.reserve(more);
-                }
-                if is_whole {
+                // Otherwise it is told again, until there is room.
+                if self.learn(&entries) {
                     let msg = MoveMsg::HomeToHome(move_id, HomeToHome::EntriesNoted);
                     self.do_(HomeAction::Send { to: from, msg });
                 }
@@ -551,13 +495,11 @@ impl Home {
     }
 
     fn ended(&mut self, from: Slot, pid: Pid, incarnation: Incarnation, ending: Ending) {
-        let is_ours = self.modulus.home(pid) == Some(self.here);
-        if is_ours && self.table.is_alive_in(pid, incarnation) {
+        if self.is_ours(pid) && self.table.is_alive_in(pid, incarnation) {
             self.do_(HomeAction::EndSurrogate(pid, ending));
         }
         let reservations = self.table.ended(pid, incarnation);
-        self.persist(Vec::new());
-        self.reserve(reservations);
+        self.persist(Vec::new(), reservations);
         let notice = Notice::Ended {
             pid,
             incarnation,
@@ -567,17 +509,33 @@ impl Home {
         self.do_(HomeAction::Send { to: from, msg });
     }
 
-    fn persist(&mut self, mut durables: Vec<Durable>) {
-        durables.extend(self.table.take_changed().into_iter().map(Durable::Row));
-        if !durables.is_empty() {
-            self.do_(HomeAction::Persist(durables));
+    /// Takes news of commits; true if there was room for all of it.
+    fn learn(&mut self, entries: &[EntryChange]) -> bool {
+        let mut reservations = Reservations::default();
+        let mut is_whole = true;
+        for entry in entries {
+            match self.table.learn(entry) {
+                Ok(more) => reservations.add(more),
+                Err(_) => {
+                    is_whole = false;
+                    self.do_(HomeAction::TableFull(entry.clone()));
+                }
+            }
         }
+        self.persist(Vec::new(), reservations);
+        is_whole
     }
 
-    fn reserve(&mut self, reservations: Reservations) {
+    /// Makes durable what has changed. A daemon that dies in the middle has, after its restart, too much reserved rather than
+    /// too little, and hears again what makes it release that: so releases come before, reservations after.
+    fn persist(&mut self, mut durables: Vec<Durable>, reservations: Reservations) {
         let Reservations { reserve, release } = reservations;
         if !release.is_empty() {
             self.do_(HomeAction::Release(release));
+        }
+        durables.extend(self.table.take_changed().into_iter().map(Durable::Row));
+        if !durables.is_empty() {
+            self.do_(HomeAction::Persist(durables));
         }
         if !reserve.is_empty() {
             self.do_(HomeAction::Reserve(reserve));
@@ -606,3 +564,7 @@ fn destination_is_done(stage: &mut Stage) -> bool {
         Stage::Leased | Stage::Aborted { .. } => false,
     }
 }
+
+#[cfg(test)]
+#[path = "home_tests.rs"]
+mod tests;

@@ -43,8 +43,10 @@
 
 pub mod destination;
 pub mod home;
+mod ledger;
 pub mod outbox;
 pub mod source;
+mod source_words;
 
 use dunlin_proto::ids::Slot;
 use dunlin_proto::relocation::{
@@ -170,7 +172,7 @@ pub fn stray(msg: &MoveMsg) -> Stray {
 pub(crate) fn entries_after_commit(members: &[Member], destination: Slot) -> Vec<EntryChange> {
     let entry = |m: &Member| EntryChange {
         pid: m.pid,
-        incarnation: m.incarnation.next(),
+        incarnation: m.incarnation.after_commit(),
         node: destination,
         ids: m.ids.clone(),
         homes: m.homes.clone(),

@@ -13,8 +13,8 @@ mod world;
 use oracle::Mutation;
 use world::{Census, World};
 
-/// So many clusters are simulated in each run.
-const SEEDS: u64 = 3000;
+/// So many clusters are simulated in each run; `DUNLIN_SEEDS` in the environment makes it more.
+const SEEDS: u64 = 1500;
 
 /// Each mutation must be caught within so many seeds.
 const MUTATION_SEEDS: u64 = 2000;
@@ -22,13 +22,14 @@ const MUTATION_SEEDS: u64 = 2000;
 #[test]
 fn never_two_never_none() {
     let mut sum = Census::default();
-    for seed in 0..SEEDS {
+    let seeds = number("DUNLIN_SEEDS").unwrap_or(SEEDS);
+    for seed in 0..seeds {
         match World::new(seed, Mutation::None).run() {
             Ok(census) => sum.add(&census),
             Err(violation) => panic!("DUNLIN_SEED={seed}: {violation}"),
         }
     }
-    println!("{SEEDS} clusters: {sum:?}");
+    println!("{seeds} clusters: {sum:?}");
     // A simulation in which nothing happens proves nothing.
     assert!(sum.is_rich(), "too little happened: {sum:?}");
 }
@@ -48,7 +49,7 @@ fn without_faults_every_move_takes_place() {
 
 #[test]
 fn one_seed() {
-    let Some(seed) = std::env::var("DUNLIN_SEED").ok().and_then(|s| s.parse().ok()) else {
+    let Some(seed) = number("DUNLIN_SEED") else {
         // Nothing asked for: the same seed twice must be the same story.
         let story = || World::new(7, Mutation::None).run().map_err(|v| v.to_string());
         assert_eq!(story(), story());
@@ -57,6 +58,10 @@ fn one_seed() {
     let result = World::new(seed, Mutation::None).telling().run();
     println!("{result:?}");
     assert!(result.is_ok());
+}
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().and_then(|s| s.parse().ok())
 }
 
 /// Some seed catches the mutation, with a violation that names it.

@@ -253,6 +253,7 @@ impl Node {
         let table = self.daemon().home.table();
         let incarnation = table.incarnation(pid);
         let to = table.to_be_told_of_end(pid, &ids);
+        let is_known = to.contains(&self.slot);
         let ending = Ending::Exited(ExitStatus::Code(0));
         // The table here comes last and at once: before, the end can be told again; after, the PID has no earlier life.
         let here = self.slot;
@@ -273,7 +274,9 @@ impl Node {
         }
         self.drain_outbox(w)?;
         w.may_be_killed(self.slot)?;
-        self.tell_home(w, HomeEvent::Ended(self.slot, pid, incarnation, ending))?;
+        if is_known {
+            self.tell_home(w, HomeEvent::Ended(self.slot, pid, incarnation, ending))?;
+        }
         if let Some(move_id) = self.daemon().claimed.remove(&pid) {
             let is_root = |s: &SourceMove| s.is_before_freeze();
             if self.daemon().sources.get(&move_id).is_some_and(is_root) && w.rng.chance(500) {
@@ -598,8 +601,12 @@ impl Node {
                 }
                 DestinationAction::Rebuild(members, _) => {
                     let blanks = members.iter().map(|m| (m.pid, w.blank(id, m))).collect();
+                    let in_use = members.iter().any(|m| self.is_in_use(m.pid, id));
                     self.blanks.insert(id, blanks);
-                    let done = w.outcome(DestinationEvent::Rebuilt, DestinationEvent::Failed("verify".into()));
+                    let done = match in_use {
+                        true => DestinationEvent::Failed("pid".into()),
+                        false => w.outcome(DestinationEvent::Rebuilt, DestinationEvent::Failed("verify".into())),
+                    };
                     w.later(self, Local::Destination(id, done));
                 }
                 DestinationAction::Persist(record) => {
@@ -632,6 +639,15 @@ impl Node {
         Ok(())
     }
 
+    /// It has come back before the source here knows that it ever left, or this node has not settled an earlier arrival.
+    fn is_in_use(&self, pid: Pid, by_other_than: MoveId) -> bool {
+        let mut blanks = self.blanks.iter().filter(|(id, _)| **id != by_other_than);
+        let mut records = self.destination_records.iter().filter(|(id, _)| **id != by_other_than);
+        self.tasks.contains_key(&pid)
+            || blanks.any(|(_, blanks)| blanks.contains_key(&pid))
+            || records.any(|(_, record)| record.members.iter().any(|m| m.pid == pid))
+    }
+
     fn resume(&mut self, w: &mut Shared, id: MoveId) -> Result<(), Violation> {
         w.oracle.resumed(id)?;
         for (pid, mut task) in self.blanks.remove(&id).unwrap_or_default() {
@@ -658,6 +674,7 @@ impl Node {
                 HomeAction::Send { to, msg } => w.send(self.slot, to, msg),
                 HomeAction::Persist(durables) => {
                     for durable in durables {
+                        w.may_be_killed(self.slot)?;
                         w.check |= w.oracle.recorded(&durable)?;
                         let forgets = w.mutation == Mutation::HomeForgetsDecisions;
                         match &durable {
@@ -671,7 +688,7 @@ impl Node {
                         self.allotment.reserve(ids);
                     }
                 }
-                HomeAction::ReserveOnly(ids) => self.allotment.reserve_only(ids),
+
                 HomeAction::Release(ids) => self.allotment.release(ids),
                 HomeAction::EndSurrogate(..) => {}
                 HomeAction::TableFull(entry) => return Err(Violation(format!("no room for {entry:?}")).into()),

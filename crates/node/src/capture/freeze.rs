@@ -410,6 +410,13 @@ impl Frozen {
         })
     }
 
+    /// Hashes of all its private pages.
+    pub fn digest(&self, essence: &Essence) -> io::Result<crate::verify::Digest> {
+        let areas = crate::verify::kernel_areas(&essence.threads);
+        let mappings = &self.source.plan.image.space.mappings;
+        crate::verify::digest(&self.source.memory, &self.source.pagemap, mappings, &areas)
+    }
+
     /// The files through which the pages can be read.
     pub fn memory(&self) -> io::Result<Memory> {
         self.source.memory()

@@ -3,8 +3,8 @@
 //! Owns the ids they hold, the images they still need, and how far their pages have come. Refuses to act.
 
 use super::lock;
-use crate::pager::{Progress, SpaceHandle};
-use dunlin_proto::ids::{ImageId, MoveId, Pid, RunId};
+use crate::pager::SpaceHandle;
+use dunlin_proto::ids::{ImageId, MoveId, Pid};
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
@@ -17,10 +17,10 @@ pub struct Arrival {
     pub images: BTreeMap<ImageId, MoveId>,
     /// Its address space, as the pager serves (or served) it.
     pub space: SpaceHandle,
-    /// The standard streams of runs that it uses.
-    pub streams: Vec<(RunId, u8)>,
     /// Relatives that have surrogates here for its sake.
     pub relatives: Vec<Pid>,
+    /// How many of its pages were compared with the original before it ran.
+    pub verified_pages: Option<u64>,
 }
 
 /// All of them.
@@ -41,11 +41,6 @@ impl Arrivals {
     /// What is known of it.
     pub fn get(&self, pid: Pid) -> Option<Arrival> {
         lock(&self.0).get(&pid).cloned()
-    }
-
-    /// How far its pages have come.
-    pub fn progress(&self, pid: Pid) -> Option<Progress> {
-        self.get(pid).map(|arrival| arrival.space.progress())
     }
 
     /// Is this PID a relative of a process that lives here?

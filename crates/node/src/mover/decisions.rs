@@ -66,7 +66,6 @@ impl Mover {
                 HomeAction::Send { to, msg } => self.send(to, msg),
                 HomeAction::Persist(durables) => self.persist_ledger(&durables),
                 HomeAction::Reserve(pids) => self.log("reserving PIDs", self.nest.reserve(&pids)),
-                HomeAction::ReserveOnly(pids) => self.log("reserving PIDs", self.nest.reserve(&pids)),
                 HomeAction::Release(pids) => self.log("releasing PIDs", self.nest.release(&pids)),
                 HomeAction::EndSurrogate(pid, ending) => self.end_departed(pid, status_of(ending)),
                 HomeAction::TableFull(change) => {

@@ -10,6 +10,7 @@ use crate::obstacle::obstacle;
 use crate::pager::{NewSpace, SpaceHandle};
 use crate::processes::{HiddenKind, Resident};
 use crate::restore::{Blank, Common, Kit, RestoreError};
+use crate::verify;
 use dunlin_cluster::page_map::PageMap;
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::destination::{DestinationAction, DestinationEvent, DestinationMove};
@@ -125,6 +126,7 @@ struct Incoming {
     frozen: Vec<FrozenProcess>,
     spaces: Vec<SpaceHandle>,
     members: Vec<Member>,
+    verified: BTreeMap<Pid, u64>,
     event: Option<DestinationEvent>,
 }
 
@@ -141,6 +143,7 @@ impl Incoming {
             frozen: Vec::new(),
             spaces: Vec::new(),
             members: Vec::new(),
+            verified: BTreeMap::new(),
             event: None,
         }
     }
@@ -337,6 +340,7 @@ impl Incoming {
             self.with_kit(|this, kit| this.blanks[index].load(&process.essence, kit))?;
             self.make_children(index, &process)?;
             self.adopt(index, &process)?;
+            self.verify(index, &process)?;
             self.frozen.push(process);
         }
         tracing::debug!(load_us = started.elapsed().as_micros(), "loaded");
@@ -381,6 +385,23 @@ impl Incoming {
         }
     }
 
+    /// Compares the copy with its original, which is parked, if that was asked for.
+    fn verify(&mut self, index: usize, process: &FrozenProcess) -> Result<(), String> {
+        const PATIENCE: Duration = Duration::from_secs(240);
+        let Some(source) = &process.digest else { return Ok(()) };
+        let blank = &self.blanks[index];
+        verify::compare_threads(blank, &process.essence)?;
+        verify::compare_files(blank.host, blank.files())?;
+        if self.spaces[index].wait_finished(PATIENCE).is_none() {
+            return Err("the pages did not come in time to be compared".into());
+        }
+        let copy = blank.digest(&process.essence).map_err(|e| e.to_string())?;
+        let pages = verify::compare_pages(source, &copy)?;
+        tracing::debug!(pages, "verified");
+        self.verified.insert(blank.pid, pages);
+        Ok(())
+    }
+
     fn resume(&mut self) {
         let started = Instant::now();
         let blanks = std::mem::take(&mut self.blanks);
@@ -409,7 +430,7 @@ impl Incoming {
         }
         let space = self.spaces[index].clone();
         let member = self.members.iter().find(|m| m.pid == pid);
-        let incarnation = member.map(|m| m.incarnation.next()).unwrap_or_default();
+        let incarnation = member.map(|m| m.incarnation.after_commit()).unwrap_or_default();
         let streams = streams_of(process, &self.prepared[index].plan);
         let elsewhere = {
             let space = space.clone();
@@ -441,8 +462,8 @@ impl Incoming {
                 ids: member.map(|m| m.ids.clone()).unwrap_or_default(),
                 images,
                 space,
-                streams: streams.clone(),
                 relatives: std::mem::take(&mut self.relatives[index]),
+                verified_pages: self.verified.get(&pid).copied(),
             },
         );
         mover.hidden.remove(pid);

@@ -278,6 +278,8 @@ struct Outgoing<'a> {
     reporter: &'a Reporter,
     told: bool,
     events: Vec<SourceEvent>,
+    early: Vec<SourceEvent>,
+    imaged: bool,
     tight: bool,
 }
 
@@ -329,6 +331,8 @@ impl<'a> Outgoing<'a> {
             reporter,
             told: false,
             events: Vec::new(),
+            early: Vec::new(),
+            imaged: false,
             tight: false,
         };
         let outcome = this.go();
@@ -366,7 +370,7 @@ impl<'a> Outgoing<'a> {
             resident_bytes: self.sources.iter().map(|s| s.plan.resident_bytes).sum(),
             cpu_features: super::incoming::cpu_features(),
         });
-        let mut machine = SourceMove::start(self.mover.now(), self.plan, Limits::default(), claims, proposal);
+        let mut machine = SourceMove::start(self.mover.now(), self.plan, self.limits(), claims, proposal);
         let mut last_report = Instant::now();
         loop {
             while let Some(action) = machine.poll_action() {
@@ -379,6 +383,11 @@ impl<'a> Outgoing<'a> {
                 Some(event) => event,
                 None => self.wait(&words, machine.next_timeout()),
             };
+            // A copy whose pages are few has them all before it is known here that it runs.
+            if matches!(event, SourceEvent::Drained(..)) && !self.imaged {
+                self.early.push(event);
+                continue;
+            }
             machine.handle(self.mover.now(), event);
             if self.times.resumed.is_some() && !self.told && last_report.elapsed() > Duration::from_millis(100) {
                 last_report = Instant::now();
@@ -489,7 +498,7 @@ impl<'a> Outgoing<'a> {
                 self.request.mode,
                 &self.times,
                 drain.as_ref(),
-                None,
+                drain.as_ref().and_then(|d| d.verified_pages),
             )
         });
         let reports = reports.collect();
@@ -516,6 +525,15 @@ impl<'a> Outgoing<'a> {
 
     fn progress(&self, at: MovePhase) {
         let _ = self.reporter.send(Report::Progress(phase(self.request.pid, at)));
+    }
+
+    /// A comparison of everything takes its time.
+    fn limits(&self) -> Limits {
+        let mut limits = Limits::default();
+        if self.request.verify {
+            limits.parked = Duration::from_secs(300);
+        }
+        limits
     }
 
     fn label(&self) -> String {
@@ -599,7 +617,7 @@ impl<'a> Outgoing<'a> {
     ) -> Result<(Member, FrozenProcess), CaptureError> {
         let pid = frozen.source.pid;
         for (run, stream) in frozen.source.streams() {
-            self.mover.streams.settle(run, stream, pid)?;
+            self.mover.streams.settle(run, stream)?;
         }
         let mut essence = frozen.essence(around, &mut self.met)?;
         let moving: Vec<Pid> = self.party.iter().map(|(pid, _)| *pid).collect();
@@ -639,7 +657,20 @@ impl<'a> Outgoing<'a> {
         ids.dedup();
         let left_by = images.iter().map(|(_, by)| *by).collect();
         let member = lock(&self.mover.home).table().member(pid, ids, left_by);
-        Ok((member, FrozenProcess { essence, map, images }))
+        let digest = if self.request.verify {
+            Some(frozen.digest(&essence)?)
+        } else {
+            None
+        };
+        Ok((
+            member,
+            FrozenProcess {
+                essence,
+                map,
+                digest,
+                images,
+            },
+        ))
     }
 
     fn on_unused(&self, pid: Pid) -> Box<dyn FnOnce(ImageId) + Send> {
@@ -669,6 +700,8 @@ impl<'a> Outgoing<'a> {
     }
 
     fn make_images(&mut self) {
+        self.imaged = true;
+        self.events.append(&mut self.early);
         let to = self.plan.destination;
         for frozen in std::mem::take(&mut self.frozen) {
             let pid = frozen.source.pid;

@@ -39,6 +39,8 @@ pub struct FrozenProcess {
     pub essence: Essence,
     /// Where its pages are, if some were still elsewhere.
     pub map: Option<MapImage>,
+    /// What its memory is, if the copy is to be compared with it before it may run.
+    pub digest: Option<crate::verify::Digest>,
     /// Which move left each image that the map names.
     pub images: Vec<(ImageId, MoveId)>,
 }

@@ -47,7 +47,8 @@ impl Mover {
 
     /// What this node knows of the drain of a process that came here.
     pub fn drain_here(&self, pid: Pid) -> Option<Drain> {
-        let progress = self.arrivals.progress(pid)?;
+        let arrival = self.arrivals.get(pid)?;
+        let progress = arrival.space.progress();
         Some(Drain {
             pages_total: progress.pages_total,
             pages_left: progress.pages_left,
@@ -56,6 +57,7 @@ impl Mover {
             bytes_per_second: progress.bytes_per_second as u64,
             fault_us: progress.fault_us,
             finished: progress.finished.is_some(),
+            verified_pages: arrival.verified_pages,
         })
     }
 

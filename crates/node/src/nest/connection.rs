@@ -33,7 +33,10 @@ pub struct Connection {
 #[derive(Debug, Default)]
 struct Waiting {
     next: u64,
+    /// No answer will come any more.
     gone: bool,
+    /// It is we who leave.
+    left: bool,
     replies: HashMap<u64, SyncSender<Reply>>,
 }
 
@@ -77,6 +80,7 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
+        lock(&self.waiting).left = true;
         // The reader has the socket too; this ends it.
         let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
     }
@@ -117,8 +121,11 @@ fn read(socket: &OwnedFd, waiting: &Mutex<Waiting>, events: &Sender<NestEvent>) 
     let mut waiting = lock(waiting);
     waiting.gone = true;
     waiting.replies.clear();
+    let left = waiting.left;
     drop(waiting);
-    let _ = events.send(NestEvent::InitGone);
+    if !left {
+        let _ = events.send(NestEvent::InitGone);
+    }
 }
 
 fn event_of(event: Event) -> Option<NestEvent> {

@@ -9,6 +9,7 @@ use rustix::process::{Pid, PidfdFlags};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::OnceLock;
 
 const PAGE: u64 = PAGE_BYTES as u64;
 
@@ -17,7 +18,7 @@ pub(super) struct Image {
     id: ImageId,
     mem: File,
     pagemap: File,
-    keeper: Option<Keeper>,
+    keeper: OnceLock<Keeper>,
     /// First address and address after the last; ascending, not overlapping.
     regions: Vec<(u64, u64)>,
 }
@@ -61,12 +62,23 @@ impl Image {
             }
             joined
         });
-        Image {
+        let image = Image {
             id,
             mem,
             pagemap,
-            keeper: keeper.and_then(Keeper::new),
+            keeper: OnceLock::new(),
             regions,
+        };
+        if let Some(pid) = keeper {
+            image.set_keeper(pid);
+        }
+        image
+    }
+
+    /// The first one stays. One that has ended is none: then everything goes through the file.
+    pub(super) fn set_keeper(&self, pid: i32) {
+        if let Some(keeper) = Keeper::new(pid) {
+            let _ = self.keeper.set(keeper);
         }
     }
 
@@ -97,7 +109,7 @@ impl Image {
             left &= (u64::MAX << first).checked_shl(many).unwrap_or(0);
         }
         let spans = &spans[..count];
-        let mut done = match &self.keeper {
+        let mut done = match self.keeper.get() {
             Some(keeper) if count > 0 => keeper.gather(spans, into),
             _ => 0,
         };

@@ -3,7 +3,7 @@
 //! Invariants: nothing is asked before both connections are past their hello; whatever was asked on a connection that
 //! broke is handed back; attempts to connect have a bounded rate and never end, for the program can only wait.
 
-use super::family::Bell;
+use super::claims::Bell;
 use super::lane::{Lane, Pool, Reply};
 use super::store::{Arrival, Store, Urgency};
 use super::{Connect, Connections};

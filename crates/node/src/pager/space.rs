@@ -28,6 +28,7 @@ pub(super) struct Space {
     /// Some that wait may be answered without any store.
     pub(super) recheck: bool,
     ahead: Ahead,
+    unregistered: bool,
     /// Counts the changes of the space that have been applied.
     changes: u64,
     /// This page was in no registered mapping when the space had changed so many times.
@@ -82,6 +83,7 @@ impl Space {
             waiting: BTreeMap::new(),
             recheck: false,
             ahead: Ahead::default(),
+            unregistered: false,
             changes: 0,
             strike: None,
         }
@@ -297,15 +299,57 @@ impl Space {
         pages
     }
 
-    /// Stops watching, all pages being here. What grew unseen (a stack, an mremap) is unwatched when the last
-    /// descriptor of this userfaultfd is closed.
-    pub(super) fn unregister(&self) {
-        debug_assert!(self.map.is_drained());
-        for (start, pages) in self.map.regions() {
-            // A region that is no longer mapped as a whole is left to the close.
-            if let Err(error) = self.uffd.unregister(start, pages * PAGE) {
-                tracing::debug!(%error, "left to the close of the userfaultfd");
+    /// Stops watching, all pages being here. What grew unseen (a stack, an mremap) is found in the maps of the process,
+    /// if that is known; otherwise it is unwatched when the last descriptor of this userfaultfd is closed.
+    pub(super) fn unregister(&mut self) {
+        assert!(
+            self.map.is_drained(),
+            "unwatching what is elsewhere turns it into zeros"
+        );
+        if std::mem::replace(&mut self.unregistered, true) {
+            return;
+        }
+        let mut ranges: Vec<(u64, u64)> = self.map.regions().map(|(s, pages)| (s, pages * PAGE)).collect();
+        let maps = self
+            .shared
+            .status()
+            .pid
+            .map(|pid| std::fs::read_to_string(format!("/proc/{pid}/maps")));
+        ranges.extend(maps.into_iter().flatten().flat_map(|maps| anonymous(&maps)));
+        for (start, len) in ranges {
+            // Mappings that cannot be watched, or changed meanwhile, are refused: nothing is left to do there.
+            if let Err(error) = self.uffd.unregister(start, len) {
+                tracing::trace!(%error, "not unwatched");
             }
         }
+    }
+}
+
+/// Start and length of the private anonymous mappings in the text of `/proc/PID/maps`. Should the process not be the
+/// right one any more: the descriptor knows its own address space, all of which is to be unwatched.
+fn anonymous(maps: &str) -> Vec<(u64, u64)> {
+    let mapping = |line: &str| {
+        let mut words = line.split_ascii_whitespace();
+        let (start, end) = words.next()?.split_once('-')?;
+        let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+        let private = words.next()?.ends_with('p');
+        let no_file = words.nth(2)? == "0";
+        (private && no_file).then_some((start, end - start))
+    };
+    maps.lines().filter_map(mapping).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn anonymous_mappings_are_told_from_files() {
+        let maps = "555500000000-555500001000 r--p 00000000 fe:00 1234   /usr/bin/x\n\
+                    7f0000000000-7f0000002000 rw-p 00000000 00:00 0 \n\
+                    7f0000002000-7f0000003000 rw-s 00000000 00:00 0 \n\
+                    7ffc00000000-7ffc00021000 rw-p 00000000 00:00 0  [stack]\n";
+        assert_eq!(
+            super::anonymous(maps),
+            [(0x7f00_0000_0000, 0x2000), (0x7ffc_0000_0000, 0x21000)]
+        );
     }
 }

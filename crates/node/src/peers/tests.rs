@@ -133,7 +133,6 @@ fn a_call_to_oneself_stays_inside() {
     }
     let own: SocketAddr = "127.0.0.1:1".parse().unwrap();
     let peers = Peers::new(&config(1, own, &[]), 1);
-    let me: Arc<dyn Answer> = Arc::new(Me);
-    peers.set_own(Arc::downgrade(&me));
+    peers.set_own(Arc::new(Me));
     assert_eq!(peers.call(Slot(1), &PeerRequest::Ps).unwrap(), PeerReply::NotHere);
 }

@@ -174,6 +174,22 @@ impl Exits {
         ended
     }
 
+    /// PID 1 has reaped it, and says how it ended: of use for a process that is watched, or whose end is known and
+    /// nothing more.
+    pub fn reaped(&self, pid: Pid, status: ExitStatus) {
+        let mut state = self.lock();
+        let unknown = state.ended.get_mut(&pid).filter(|e| e.status == ExitStatus::Unknown);
+        if let Some(ended) = unknown {
+            ended.status = status;
+            return;
+        }
+        let uid = state.watches.values().find(|w| w.pid == pid).map(|w| w.uid);
+        drop(state);
+        if let Some(uid) = uid {
+            self.record(pid, status, uid);
+        }
+    }
+
     /// How a process ended, if that was not long ago.
     pub fn ended(&self, pid: Pid) -> Option<Ended> {
         self.lock().ended.get(&pid).copied()
@@ -197,9 +213,11 @@ impl Exits {
             }
         };
         for event in ready {
-            let watch = self.lock().watches.remove(&event.data.u64());
+            let token = event.data.u64();
+            let watch = self.lock().watches.get(&token).cloned();
             if let Some(watch) = watch {
                 self.settle(&watch);
+                self.lock().watches.remove(&token);
             }
         }
     }

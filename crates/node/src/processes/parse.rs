@@ -10,9 +10,12 @@ use std::collections::BTreeMap;
 pub struct Status {
     pub name: String,
     pub state: char,
+    pub tgid: Pid,
     pub ppid: Pid,
     pub uid: u32,
+    pub euid: u32,
     pub saved_uid: u32,
+    pub effective_capabilities: u64,
     pub threads: u32,
     pub rss_bytes: u64,
 }
@@ -29,9 +32,12 @@ impl Status {
         Some(Status {
             name: field("Name")?.to_owned(),
             state: field("State")?.chars().next()?,
+            tgid: Pid(field("Tgid")?.parse().ok()?),
             ppid: Pid(field("PPid")?.parse().ok()?),
             uid: uids.next()?.parse().ok()?,
-            saved_uid: uids.nth(1)?.parse().ok()?,
+            euid: uids.next()?.parse().ok()?,
+            saved_uid: uids.next()?.parse().ok()?,
+            effective_capabilities: u64::from_str_radix(field("CapEff")?, 16).ok()?,
             threads: field("Threads")?.parse().ok()?,
             // Absent for a zombie, which has no memory.
             rss_bytes: match field("VmRSS") {
@@ -46,6 +52,8 @@ impl Status {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Stat {
     pub state: char,
+    /// The controlling terminal's device number; 0 without one.
+    pub terminal: u64,
     pub foreground_group: i32,
     /// A wait status; `None` on a kernel that does not show it.
     pub exit_code: Option<i32>,
@@ -61,6 +69,8 @@ impl Stat {
         let field = |number: usize| fields.get(number - 3).copied();
         Some(Stat {
             state: field(3)?.chars().next()?,
+            // Printed as a signed number.
+            terminal: field(7)?.parse::<i32>().ok()? as u32 as u64,
             foreground_group: field(8)?.parse().ok()?,
             exit_code: field(52).and_then(|f| f.parse().ok()),
         })
@@ -85,16 +95,20 @@ mod tests {
 
     #[test]
     fn a_status_is_read_and_a_cut_one_is_not() {
-        let text = "Name:\ta b\nState:\tT (stopped)\nPPid:\t65\nUid:\t1\t2\t3\t4\nVmRSS:\t   12 kB\nThreads:\t4\n";
+        let text = "Name:\ta b\nState:\tT (stopped)\nTgid:\t64\nPPid:\t65\nUid:\t1\t2\t3\t4\nVmRSS:\t   12 kB\nThreads:\t4\n\
+            CapEff:\t0000000000000020\n";
         let status = Status::parse(text.as_bytes()).unwrap();
         assert_eq!(
             status,
             Status {
                 name: "a b".into(),
                 state: 'T',
+                tgid: Pid(64),
                 ppid: Pid(65),
                 uid: 1,
+                euid: 2,
                 saved_uid: 3,
+                effective_capabilities: 0x20,
                 threads: 4,
                 rss_bytes: 12288
             }
@@ -116,6 +130,7 @@ mod tests {
             Stat::parse(text.as_bytes()),
             Some(Stat {
                 state: 'Z',
+                terminal: 0,
                 foreground_group: -1,
                 exit_code: Some(1792)
             })

@@ -8,6 +8,10 @@ use dunlin_proto::ids::{Incarnation, Pid, Slot};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// An echo that has not come by then does not come.
+const ECHO_WITHIN: Duration = Duration::from_secs(1);
 
 /// What a hidden task is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +38,8 @@ pub enum Echo {
 #[derive(Debug)]
 struct HiddenTask {
     kind: HiddenKind,
-    echoes: BTreeMap<Echo, u32>,
+    /// When each was announced.
+    echoes: Vec<(Echo, Instant)>,
 }
 
 /// The tasks of the nest that are no programs.
@@ -44,7 +49,7 @@ pub struct Hidden(Mutex<BTreeMap<Pid, HiddenTask>>);
 impl Hidden {
     /// From now on `pid` is hidden; a second call changes its kind.
     pub fn insert(&self, pid: Pid, kind: HiddenKind) {
-        let echoes = BTreeMap::new();
+        let echoes = Vec::new();
         self.lock().insert(pid, HiddenTask { kind, echoes });
     }
 
@@ -62,18 +67,18 @@ impl Hidden {
     /// report of that must not be sent to the process again, where by then the opposite may be true.
     pub fn expect_echo(&self, pid: Pid, echo: Echo) {
         if let Some(task) = self.lock().get_mut(&pid) {
-            *task.echoes.entry(echo).or_insert(0) += 1;
+            task.echoes.push((echo, Instant::now()));
         }
     }
 
     /// Was this report announced? Each announcement is good for one.
     pub fn take_echo(&self, pid: Pid, echo: Echo) -> bool {
         let mut tasks = self.lock();
-        let count = tasks
-            .get_mut(&pid)
-            .and_then(|t| t.echoes.get_mut(&echo))
-            .filter(|c| **c > 0);
-        count.map(|c| *c -= 1).is_some()
+        let Some(task) = tasks.get_mut(&pid) else { return false };
+        // A surrogate's states are looked at from time to time only: a short stop may never be reported.
+        task.echoes.retain(|(_, since)| since.elapsed() < ECHO_WITHIN);
+        let first = task.echoes.iter().position(|(e, _)| *e == echo);
+        first.map(|index| task.echoes.remove(index)).is_some()
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<Pid, HiddenTask>> {

@@ -180,6 +180,32 @@ impl Blank {
         self.image.threads.first().map_or(b"dunlin", |thread| &thread.comm)
     }
 
+    /// Hashes of all its private pages; every one of them must be here.
+    pub fn digest(&self, essence: &Essence) -> std::io::Result<crate::verify::Digest> {
+        let areas = crate::verify::kernel_areas(&essence.threads);
+        let pagemap = File::open(ProcDir::process(self.host).path("pagemap"))?;
+        crate::verify::digest(&self.memory, &pagemap, &self.image.space.mappings, &areas)
+    }
+
+    /// Registers (27 words) and extended state of one of its threads, as they are.
+    pub fn read_thread(&self, tid: Pid) -> Result<Option<(Vec<u64>, Vec<u8>)>, RestoreError> {
+        let Some(host) = self.threads.get(&tid) else {
+            return Ok(None);
+        };
+        let thread = Stopped::assume(*host);
+        let registers = thread.registers().during(self.pid, "reading registers")?;
+        let mut xstate = Vec::new();
+        thread
+            .xstate(&mut xstate)
+            .during(self.pid, "reading the extended state")?;
+        Ok(Some((crate::capture::to_words(&registers), xstate)))
+    }
+
+    /// The descriptors it was given.
+    pub fn files(&self) -> &dunlin_proto::image::Files {
+        &self.image.files
+    }
+
     /// Memory of the blank that may be overwritten.
     pub fn scratch(&self) -> u64 {
         self.foothold.range().1 - 4096

@@ -123,11 +123,15 @@ pub fn load(blank: &mut Blank, essence: &Essence, kit: &Kit<'_>) -> Result<(), R
     }
     mappings::seal(blank)?;
     for thread in &essence.threads {
-        from_words(&thread.registers).ok_or(RestoreError::Unsound {
+        let mut registers = from_words(&thread.registers).ok_or(RestoreError::Unsound {
             pid,
             why: "registers are missing",
         })?;
         let stopped = Stopped::assume(host_of(blank, thread)?);
+        if let Some(answer) = blank.slept.get(&stopped.tid()) {
+            (registers.rax, registers.orig_rax) = (*answer as u64, u64::MAX);
+        }
+        stopped.set_registers(&registers).during(pid, "setting registers")?;
         stopped
             .set_xstate(&thread.xstate)
             .during(pid, "setting the extended state")?;
@@ -163,16 +167,6 @@ pub fn resume(blank: &Blank, essence: &Essence) -> Result<(), RestoreError> {
         .during(pid, "taking the loop out")?;
     for thread in &essence.threads {
         let stopped = Stopped::assume(host_of(blank, thread)?);
-        let Some(mut registers) = from_words(&thread.registers) else {
-            return Err(RestoreError::Unsound {
-                pid,
-                why: "registers are missing",
-            });
-        };
-        if let Some(answer) = blank.slept.get(&stopped.tid()) {
-            (registers.rax, registers.orig_rax) = (*answer as u64, u64::MAX);
-        }
-        stopped.set_registers(&registers).during(pid, "setting registers")?;
         stopped
             .set_signal_mask(thread.mask)
             .during(pid, "setting the signal mask")?;

@@ -136,7 +136,7 @@ fn outputs(told: &Receiver<Reply>) -> (Vec<u8>, Vec<u8>, ExitStatus) {
         match told.recv_timeout(Duration::from_secs(20)).unwrap() {
             Reply::Output { stream: 1, bytes } => out.extend(bytes),
             Reply::Output { bytes, .. } => err.extend(bytes),
-            Reply::InputTaken { .. } => {}
+            Reply::Started { .. } | Reply::InputTaken { .. } => {}
             Reply::Exited(status) => return (out, err, status),
             other => panic!("{other:?}"),
         }
@@ -180,7 +180,7 @@ fn a_detached_run_writes_its_log_and_survives_the_daemon() {
     drop((run, runs));
 
     let runs = node.daemon();
-    runs.restore(|p| p == pid).unwrap();
+    runs.restore(|p, _| p == pid).unwrap();
     rustix::process::kill_process(child_pid.unwrap(), rustix::process::Signal::CONT).unwrap();
     end(&runs, &mut child);
     let mut reader = runs.logs.read(pid).unwrap().unwrap();
@@ -256,7 +256,7 @@ fn the_streams_of_a_run_follow_it_to_another_node_and_back() {
 
     let [mut stdin2, mut stdout2] = refs.map(|r| File::from(there.open_remote(r).unwrap()));
     assert_eq!(there.identify(stdout2.as_fd()).unwrap(), Some(refs[1]));
-    assert_eq!(runs.settle(refs[1], Pid(129)).unwrap(), None);
+    assert_eq!(runs.settle(refs[1]).unwrap(), None);
     runs.departed(run.id, Slot(2)).unwrap();
     echo(&mut stdin2, &mut stdout2);
     // Another process of the tree is given the same pipe.
@@ -266,7 +266,7 @@ fn the_streams_of_a_run_follow_it_to_another_node_and_back() {
     drop(again);
 
     let [mut stdin3, mut stdout3] = refs.map(|r| File::from(runs.open_remote(r).unwrap()));
-    there.settle(refs[1], Pid(129)).unwrap();
+    there.settle(refs[1]).unwrap();
     there.departed(run.id, Slot(1)).unwrap();
     drop((stdin2, stdout2));
     echo(&mut stdin3, &mut stdout3);
@@ -289,7 +289,7 @@ fn a_relay_survives_its_daemon() {
     };
     let mut stdout = File::from(there.open_remote(out).unwrap());
     stdout.write_all(b"before ").unwrap();
-    there.settle(out, Pid(1)).unwrap();
+    there.settle(out).unwrap();
     // As kill -9 does: the old daemon's ends are closed, and it tells nobody.
     let kept = two.shelf.kept(&two.shelf.labels().unwrap()[0]).unwrap().unwrap();
     let label = two.shelf.labels().unwrap()[0].clone();
@@ -299,9 +299,9 @@ fn a_relay_survives_its_daemon() {
     drop(there);
     stdout.write_all(b"between ").unwrap();
     let there = two.daemon();
-    there.restore(|_| true).unwrap();
+    there.restore(|_, _| true).unwrap();
     stdout.write_all(b"after").unwrap();
-    there.settle(out, Pid(1)).unwrap();
+    there.settle(out).unwrap();
     child.kill().unwrap();
     end(&runs, &mut child);
     assert_eq!(outputs(&told).0, b"before between after");

@@ -10,8 +10,8 @@ use super::port::{Hold, Identity, Port};
 use super::{PIECE_BYTES, Side, terminal};
 use dunlin_proto::control::WindowSize;
 use dunlin_proto::frame;
-use dunlin_proto::ids::{RunId, Slot};
-use dunlin_proto::stream::{StreamFrame, StreamKind, StreamOpen, WINDOW_BYTES};
+use dunlin_proto::ids::{Pid, RunId, Slot};
+use dunlin_proto::stream::{StreamFrame, StreamKind, StreamOpen, TtyState, WINDOW_BYTES};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, BufReader};
 use std::net::{Shutdown, TcpStream};
@@ -53,6 +53,8 @@ struct Switch {
     ended: bool,
     /// Bytes that came back after they were reported to the caller as taken.
     reported: usize,
+    top: Option<Pid>,
+    tty: Option<TtyState>,
     relays: BTreeMap<u64, RelayEnd>,
     closed: bool,
 }
@@ -76,6 +78,8 @@ impl Streams {
             pending: VecDeque::new(),
             ended: false,
             reported: 0,
+            top: None,
+            tty: None,
             relays: BTreeMap::new(),
             closed: false,
         };
@@ -165,6 +169,21 @@ impl Streams {
         }
     }
 
+    /// The run's top process.
+    pub fn set_top(&self, pid: Pid) {
+        self.lock().top = Some(pid);
+    }
+
+    /// What the terminal was like where it was used last.
+    pub fn tty(&self) -> Option<TtyState> {
+        self.lock().tty
+    }
+
+    /// Remembers that.
+    pub fn set_tty(&self, state: TtyState) {
+        self.lock().tty = Some(state);
+    }
+
     /// The top process goes from here to `to`: what it has not read goes with it.
     pub fn leave_here(&self, to: Slot) -> io::Result<()> {
         let unread = match self.input_port() {
@@ -237,6 +256,7 @@ impl Streams {
             return Ok(None);
         }
         let (link, messages) = channel::<StreamFrame>();
+        let top = switch.top;
         self.make_room(&mut switch, from, &open);
         let relay = switch.relays.entry(open.relay).or_insert_with(|| RelayEnd {
             node: from,
@@ -259,6 +279,7 @@ impl Streams {
         relay.link = Some(link);
         relay.send(StreamFrame::Resume {
             received: relay.received,
+            top,
         });
         let again: Vec<u8> = relay
             .untaken

@@ -2,7 +2,7 @@
 //!
 //! Owns the queue and the thread that empties it into a [`Drain`]: the caller's connection, or a log. Refuses to know
 //! where output comes from. Invariants: whoever puts something in never waits for the drain (who wants to be polite
-//! asks [`Outbox::wait_for_room`] before); after [`Outbox::finish`] everything put in before has been passed on, and
+//! asks [`Outbox::wait_for_room`] before); nothing goes out before [`Outbox::release`]; after [`Outbox::finish`] everything put in before has been passed on, and
 //! then the last reply; after [`Outbox::close`], or a failure of the drain, nothing is.
 
 use dunlin_proto::control::Reply;
@@ -23,6 +23,7 @@ pub trait Drain: Send {
 pub type Credit = Arc<dyn Fn(usize) + Send + Sync>;
 
 enum Item {
+    Say(Reply),
     Output {
         stream: u8,
         bytes: Vec<u8>,
@@ -41,6 +42,9 @@ enum Phase {
 struct State {
     queue: VecDeque<Item>,
     bytes: u64,
+    /// The run has not started: nothing goes out yet.
+    held: bool,
+    input_taken: u64,
     phase: Phase,
 }
 
@@ -56,6 +60,8 @@ impl Outbox {
         let state = State {
             queue: VecDeque::new(),
             bytes: 0,
+            held: true,
+            input_taken: 0,
             phase: Phase::Open,
         };
         let outbox = Arc::new(Outbox {
@@ -71,6 +77,21 @@ impl Outbox {
             }
         })?;
         Ok(outbox)
+    }
+
+    /// Lets the output go, after this reply.
+    pub fn release(&self, first: Option<Reply>) {
+        let mut state = self.lock();
+        state.held = false;
+        if let Some(first) = first {
+            state.queue.push_front(Item::Say(first));
+        }
+        self.changed.notify_all();
+    }
+
+    /// How much input the caller has been told, or will be, to have been taken, in all.
+    pub fn total_input_taken(&self) -> u64 {
+        self.lock().input_taken
     }
 
     /// Waits until less than a window is queued; `false`: it is closed.
@@ -110,9 +131,10 @@ impl Outbox {
         if bytes == 0 || !matches!(state.phase, Phase::Open) {
             return;
         }
+        state.input_taken += u64::from(bytes);
         match state.queue.back_mut() {
             Some(Item::InputTaken(more)) => *more = more.saturating_add(bytes),
-            Some(Item::Output { .. }) | None => state.queue.push_back(Item::InputTaken(bytes)),
+            Some(Item::Output { .. } | Item::Say(_)) | None => state.queue.push_back(Item::InputTaken(bytes)),
         }
         self.changed.notify_all();
     }
@@ -157,6 +179,10 @@ impl Outbox {
         loop {
             let mut state = self.lock();
             let item = loop {
+                if state.held && matches!(state.phase, Phase::Open) {
+                    state = self.wait(state);
+                    continue;
+                }
                 if let Some(item) = state.queue.pop_front() {
                     break item;
                 }
@@ -174,6 +200,7 @@ impl Outbox {
             };
             drop(state);
             match item {
+                Item::Say(reply) => drain.put(reply)?,
                 Item::InputTaken(bytes) => drain.put(Reply::InputTaken { bytes })?,
                 Item::Output { stream, bytes, credit } => {
                     let length = bytes.len();

@@ -50,7 +50,8 @@ impl Identity {
 pub enum Hold {
     /// It goes on without users: they may come back. (At a run's origin.)
     WithoutUsers,
-    /// Without users it ends. (At a relay.)
+    /// Without users it ends. (At a relay; but for a terminal, which its users may leave before the daemon has taken out
+    /// what they have not read.)
     WhileUsed,
 }
 
@@ -130,7 +131,7 @@ impl Port {
             stream,
             far: Mutex::new(Some(Arc::new(far))),
             anchor,
-            kept: Mutex::new((hold == Hold::WithoutUsers).then_some(near)),
+            kept: Mutex::new((hold == Hold::WithoutUsers || stream == StreamKind::Tty).then_some(near)),
             identity,
             hold,
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,

@@ -9,7 +9,7 @@ use super::port::{Hold, Port};
 use super::{PIECE_BYTES, Side, terminal};
 use crate::peers::PeerError;
 use dunlin_proto::frame;
-use dunlin_proto::ids::Slot;
+use dunlin_proto::ids::{Pid, Slot};
 use dunlin_proto::stream::{StreamFrame, StreamKind, StreamOpen, StreamRef, WINDOW_BYTES};
 use std::collections::VecDeque;
 use std::io::{self, BufReader};
@@ -44,6 +44,7 @@ struct State {
     flushes: u64,
     flushed: u64,
     leaving: Option<Leaving>,
+    top: Option<Pid>,
     closed: bool,
 }
 
@@ -104,6 +105,11 @@ impl Relay {
     /// Its stream.
     pub fn stream(&self) -> StreamRef {
         self.stream
+    }
+
+    /// The run's top process, as the origin says.
+    pub fn top(&self) -> Option<Pid> {
+        self.lock().top
     }
 
     /// Its number.
@@ -215,7 +221,10 @@ impl Relay {
         let resume: StreamFrame = frame::read(&mut from)?;
         stream.set_read_timeout(None)?;
         match resume {
-            StreamFrame::Resume { received } => self.link_up(received, stream)?,
+            StreamFrame::Resume { received, top } => {
+                self.lock().top = top;
+                self.link_up(received, stream)?;
+            }
             StreamFrame::Close => {
                 self.close();
                 return Ok(());

@@ -41,6 +41,7 @@ impl Origin {
     fn new() -> Origin {
         let (to, told) = channel();
         let outbox = Outbox::start(Box::new(Told(to)), || {}).unwrap();
+        outbox.release(None);
         Origin {
             streams: Streams::new(RUN, outbox, || {}),
             told,

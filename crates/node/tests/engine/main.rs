@@ -53,7 +53,7 @@ fn a_counter_moves_round() {
     let mut from = "n1";
     for to in ["n2", "n3", "n1", "n2", "n1"] {
         let before = text().lines().count();
-        match rig.node(from).move_out(pid, to, WaitFor::Drained) {
+        match rig.node(from).move_out(pid, to, WaitFor::Drained, true) {
             Ok(reports) => println!("{from} → {to}: {:?}", reports[0]),
             Err(why) => panic!("{from} → {to}: {why}"),
         }

@@ -25,7 +25,7 @@ impl Streams for NoStreams {
     fn open(&self, _: RunId, _: u8) -> io::Result<OwnedFd> {
         Err(io::ErrorKind::Unsupported.into())
     }
-    fn settle(&self, _: RunId, _: u8, _: Pid) -> io::Result<()> {
+    fn settle(&self, _: RunId, _: u8) -> io::Result<()> {
         Ok(())
     }
     fn departed(&self, _: Pid, _: &[(RunId, u8)], _: Slot) {}
@@ -80,13 +80,6 @@ impl Rig {
     pub fn node(&self, name: &str) -> &Node {
         self.nodes.iter().find(|n| n.name == name).unwrap()
     }
-
-    /// Where a process is, by asking every nest for a program of that number.
-    pub fn place(&self, pid: Pid) -> Option<&Node> {
-        self.nodes
-            .iter()
-            .find(|n| n.mover.hidden.kind(pid).is_none() && n.nest.host_pid(pid).ok().flatten().is_some())
-    }
 }
 
 impl Drop for Rig {
@@ -128,6 +121,7 @@ impl Node {
         let watcher = mover.clone();
         std::thread::spawn(move || {
             for event in events {
+                tracing::debug!(?event, node = watcher.config.name, "nest");
                 if let NestEvent::Notification { id, pid, nr, args } = event
                     && !watcher.notified(id, pid, nr, &args)
                 {
@@ -182,7 +176,7 @@ impl Node {
             .unwrap()
     }
 
-    pub fn move_out(&self, pid: Pid, to: &str, wait: WaitFor) -> Result<Vec<MoveReport>, String> {
+    pub fn move_out(&self, pid: Pid, to: &str, wait: WaitFor, verify: bool) -> Result<Vec<MoveReport>, String> {
         use dunlin_node::mover::{MoveOutcome, Report};
         let request = MoveRequest {
             pid,
@@ -190,7 +184,7 @@ impl Node {
             tree: false,
             mode: MoveMode::Demand,
             wait,
-            verify: false,
+            verify,
         };
         for report in self.mover.move_out(request).unwrap() {
             match report {

@@ -1,0 +1,123 @@
+//! The full comparison of a parked process and its copy, for tests: all pages, registers, extended state, descriptors.
+//!
+//! Owns the digest of a process's private memory and the comparisons. Refuses to be fast: it reads every page on both
+//! sides while the process is frozen.
+
+use crate::restore::Blank;
+use dunlin_proto::image::{Essence, Files, Mapping, MappingKind, ThreadImage};
+use dunlin_sys::pagemap::{self, Query};
+use dunlin_sys::procfs::ProcDir;
+use dunlin_sys::procfs::fdinfo::FdInfo;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+const PAGE: usize = 4096;
+const O_CLOEXEC: u32 = 0o2_000_000;
+const O_LARGEFILE: u32 = 0o100_000;
+
+/// Hashes of all private pages that are not zeros: address, and the first eight bytes of BLAKE3.
+pub type Digest = Vec<(u64, u64)>;
+
+/// The areas that the kernel itself writes to when a thread runs (rseq(2)): they are the kernel's, not the program's.
+pub fn kernel_areas(threads: &[ThreadImage]) -> Vec<(u64, u64)> {
+    threads
+        .iter()
+        .filter_map(|t| t.rseq.map(|[area, length, _]| (area, length)))
+        .collect()
+}
+
+/// Reads every private page of a process that does not run, leaving out some areas.
+pub fn digest(memory: &File, pagemap: &File, mappings: &[Mapping], without: &[(u64, u64)]) -> io::Result<Digest> {
+    let mut digest = Digest::new();
+    let mut page = [0u8; PAGE];
+    for mapping in mappings {
+        let private = matches!(mapping.kind, MappingKind::Anonymous | MappingKind::PrivateFile { .. });
+        if !private {
+            continue;
+        }
+        for range in pagemap::scan(pagemap, mapping.start, mapping.end, Query::CONTENT) {
+            let range = range.map_err(io::Error::from)?;
+            for address in (range.start..range.end).step_by(PAGE) {
+                memory.read_exact_at(&mut page, address)?;
+                for (area, length) in without {
+                    let from = area.clamp(&address, &(address + PAGE as u64)) - address;
+                    let to = (area + length).clamp(address, address + PAGE as u64) - address;
+                    page[from as usize..to as usize].fill(0);
+                }
+                // In anonymous memory zeros and nothing are the same; a written page of a file is not nothing.
+                if mapping.kind != MappingKind::Anonymous || page.iter().any(|b| *b != 0) {
+                    let hash = blake3::hash(&page);
+                    let word = hash.as_bytes().first_chunk::<8>().copied().unwrap_or_default();
+                    digest.push((address, u64::from_le_bytes(word)));
+                }
+            }
+        }
+    }
+    Ok(digest)
+}
+
+/// Compares the pages; how many are equal, or the first difference in words.
+pub fn compare_pages(source: &Digest, copy: &Digest) -> Result<u64, String> {
+    let copy: BTreeMap<u64, u64> = copy.iter().copied().collect();
+    for (address, hash) in source {
+        match copy.get(address) {
+            Some(other) if other == hash => {}
+            Some(_) => return Err(format!("page {address:x} differs")),
+            None => return Err(format!("page {address:x} is missing in the copy")),
+        }
+    }
+    let source: BTreeMap<u64, u64> = source.iter().copied().collect();
+    match copy.keys().find(|address| !source.contains_key(address)) {
+        Some(address) => Err(format!("page {address:x} is in the copy only")),
+        None => Ok(source.len() as u64),
+    }
+}
+
+/// Compares the threads of a loaded blank with what was captured.
+pub fn compare_threads(blank: &Blank, essence: &Essence) -> Result<(), String> {
+    for wanted in &essence.threads {
+        let found = blank.read_thread(wanted.tid).map_err(|e| e.to_string())?;
+        let (registers, xstate) = found.ok_or(format!("thread {} is missing in the copy", wanted.tid))?;
+        // A sleep that was over before it could be slept on has its answer already.
+        let slept = wanted.sleep.is_some();
+        let same = |(index, (a, b)): (usize, (&u64, &u64))| a == b || (slept && matches!(index, 10 | 15));
+        let pairs = wanted.registers.iter().zip(&registers).enumerate();
+        if let Some((index, (a, b))) = pairs.clone().find(|pair| !same(*pair)) {
+            return Err(format!("register {index} of thread {} is {b:x}, not {a:x}", wanted.tid));
+        }
+        if xstate != wanted.xstate {
+            return Err(format!("the extended state of thread {} differs", wanted.tid));
+        }
+    }
+    Ok(())
+}
+
+/// Compares the descriptor tables.
+pub fn compare_files(host: i32, files: &Files) -> Result<(), String> {
+    let dir = ProcDir::process(host);
+    let numbers = dir.numbers("fd").map_err(|e| e.to_string())?;
+    let wanted: Vec<i32> = files.table.iter().map(|d| d.number).collect();
+    if numbers != wanted {
+        return Err(format!("the copy has descriptors {numbers:?}, not {wanted:?}"));
+    }
+    for descriptor in &files.table {
+        let number = descriptor.number;
+        let text = dir.text(&format!("fdinfo/{number}")).map_err(|e| e.to_string())?;
+        let found = FdInfo::parse(&text).map_err(|e| e.to_string())?;
+        let description = &files.descriptions[descriptor.description as usize];
+        let flags = (found.flags ^ description.flags) & !(O_CLOEXEC | O_LARGEFILE);
+        if flags != 0 || (found.flags & O_CLOEXEC != 0) != descriptor.close_on_exec {
+            return Err(format!(
+                "descriptor {number} has flags {:o}, not {:o}",
+                found.flags, description.flags
+            ));
+        }
+        if found.position != description.position {
+            let (is, was) = (found.position, description.position);
+            return Err(format!("descriptor {number} is at offset {is}, not {was}"));
+        }
+    }
+    Ok(())
+}
