@@ -154,6 +154,11 @@ impl Blank {
         Ok(())
     }
 
+    /// What needs pages that may be elsewhere. The caller has taken [`Blank::pages`] into the pager before.
+    pub fn complete(&self, essence: &Essence) -> Result<(), RestoreError> {
+        threads::register_rest(self, essence)
+    }
+
     /// Lets the program run. The caller has taken [`Blank::pages`] into the pager before.
     pub fn resume(self, essence: &Essence) -> Result<Resumed, RestoreError> {
         threads::resume(&self, essence)?;
