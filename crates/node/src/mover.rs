@@ -13,6 +13,7 @@ mod links;
 mod outgoing;
 mod payload;
 mod progress;
+mod second_hand;
 
 pub use incoming::raw_clocks;
 pub use outgoing::{MoveOutcome, Report, Reporter};
@@ -55,7 +56,7 @@ pub trait Streams: Send + Sync {
     /// A local end of a stream, made if need be.
     fn open(&self, run: RunId, stream: u8) -> io::Result<OwnedFd>;
     /// Returns when everything written into the local end has reached the origin. The writers are frozen.
-    fn settle(&self, run: RunId, stream: u8, user: Pid) -> io::Result<()>;
+    fn settle(&self, run: RunId, stream: u8) -> io::Result<()>;
     /// The process has left for another node; `streams` are those it used.
     fn departed(&self, pid: Pid, streams: &[(RunId, u8)], to: Slot);
     /// The process has come.

@@ -3,7 +3,8 @@
 //! Owns the filter program ([`Filter`]) and the listener's ioctls ([`Listener`]). Refuses to know what a notified call
 //! is about. Invariants: whatever the filter does not name is answered from the system call number alone, so that the
 //! kernel answers it from its per-filter bitmap; a call with the cookie in its sixth argument is never notified; a call
-//! through a foreign entry (32 bit, x32) cannot escape what its 64-bit form is subject to.
+//! through a foreign entry (32 bit, x32) cannot escape what its 64-bit form is subject to; nothing makes a task without
+//! being notified (docs/decisions/0010).
 //!
 //! References: seccomp(2), seccomp_unotify(2).
 
@@ -18,6 +19,7 @@ pub const ARCH_I386: u32 = 0x4000_0003;
 const RET_ALLOW: u32 = 0x7fff_0000;
 const RET_NOTIFY: u32 = 0x7fc0_0000;
 const RET_ENOSYS: u32 = 0x0005_0000 | libc::ENOSYS as u32;
+const RET_EPERM: u32 = 0x0005_0000 | libc::EPERM as u32;
 
 const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
 const JUMP: u16 = 0x05; // BPF_JMP | BPF_JA
@@ -53,6 +55,10 @@ const PID_CALLS: [(i64, u32); 6] = [
     (libc::SYS_rt_tgsigqueueinfo, 335),
     (libc::SYS_pidfd_open, 434),
 ];
+
+/// The kernel makes a ring's worker threads itself, without a call that could be notified, so their numbers would be
+/// anybody's. Refused as `kernel.io_uring_disabled` refuses it. The number is the same through both entries.
+const IO_URING_SETUP: u32 = libc::SYS_io_uring_setup as u32;
 
 /// What the filter depends on.
 #[derive(Debug, Clone, Copy)]
@@ -103,6 +109,7 @@ impl Filter {
         for (nr, _) in PID_CALLS {
             p.jump_if(JUMP_EQ, nr as u32, Label::PidCall);
         }
+        p.jump_if(JUMP_EQ, IO_URING_SETUP, Label::Refused);
         // A tracer makes the kernel skip a call by number -1; its return value must stay the tracer's.
         p.jump_if(JUMP_EQ, u32::MAX, Label::Allow);
         // The x32 entry shares this architecture; its clone would escape.
@@ -120,6 +127,7 @@ impl Filter {
         // A 32-bit call has no room for the cookie.
         p.place(Label::Narrow);
         p.load(NR);
+        p.jump_if(JUMP_EQ, IO_URING_SETUP, Label::Refused);
         for (_, nr) in CLONES {
             p.jump_if(JUMP_EQ, nr, Label::Notify);
         }
@@ -146,6 +154,8 @@ impl Filter {
         p.ret(RET_NOTIFY);
         p.place(Label::AllowPid2);
         p.ret(RET_ALLOW);
+        p.place(Label::Refused);
+        p.ret(RET_EPERM);
         p.finish()
     }
 
@@ -321,6 +331,7 @@ enum Label {
     Judge,
     Notify,
     AllowPid2,
+    Refused,
 }
 
 /// Puts instructions together; every jump is forward, as classic BPF demands.

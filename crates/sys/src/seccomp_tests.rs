@@ -85,10 +85,12 @@ fn only_foreign_pids_are_notified() {
 
 #[test]
 fn everything_else_is_decided_by_its_number_alone() {
-    let listed = |n: u32| CLONES.iter().chain(&PID_CALLS).any(|(nr, _)| *nr as u32 == n);
+    let listed = |n: u32| CLONES.iter().chain(&PID_CALLS).any(|(nr, _)| *nr as u32 == n) || n == IO_URING_SETUP;
     for nr in (0..600).filter(|n| !listed(*n)) {
         assert_eq!(run(ARCH_X86_64, nr, [132; 6]), (RET_ALLOW, false), "call {nr}");
     }
+    assert_eq!(run(ARCH_X86_64, IO_URING_SETUP, [0; 6]), (RET_EPERM, false));
+    assert_eq!(run(ARCH_I386, IO_URING_SETUP, [0; 6]), (RET_EPERM, false));
     assert_eq!(run(ARCH_X86_64, u32::MAX, [0; 6]), (RET_ALLOW, false));
     assert_eq!(run(ARCH_X86_64, 0x4000_0000 + 56, [0; 6]).0, RET_ENOSYS);
     assert_eq!(run(0x1234, 0, [0; 6]).0, RET_ENOSYS);

@@ -344,7 +344,7 @@ mod tests {
              os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)\n\
              if os.fork() == 0: os.read(0, 1); os._exit(1)\n\
              signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n\
-             signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\n\
+             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\n\
              os.execv('{path}', ['parent'])"
         );
         #[allow(clippy::zombie_processes)] // `Ended` waits for it.

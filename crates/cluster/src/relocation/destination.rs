@@ -407,7 +407,9 @@ impl DestinationMove {
                 incarnation,
                 ending,
             };
-            for to in member.homes.iter().copied().chain([self.here]) {
+            let mut nodes = member.homes.clone();
+            nodes.insert(self.here);
+            for to in nodes {
                 self.do_(DestinationAction::Post { to, notice });
             }
             for move_id in member.images.iter().copied().chain([self.move_id]) {
@@ -459,3 +461,7 @@ fn check_members(members: &[Member]) -> Result<(), String> {
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+#[path = "destination_tests.rs"]
+mod tests;

@@ -6,90 +6,18 @@
 //! it; an abort is remembered until the source knows, a commit until source, destination and the homes of all ids that
 //! moved along know; a move without a record is answered as aborted.
 
+pub use super::ledger::{Durable, Ledger, MoveRecord, Stage};
 use super::{Now, Retry};
-use crate::table::{Place, Reservations, Row, Table};
+use crate::table::{Place, Reservations, Table};
 use dunlin_proto::ids::{Incarnation, Modulus, MoveId, Pid, Slot};
 use dunlin_proto::relocation::{
     Claim, DestinationToHome, Ending, EntryChange, HomeToDestination, HomeToHome, HomeToSource, LeaseRefusal, MAX_IDS,
     MAX_MEMBERS, Member, MoveMsg, Notice, Outcome, SourceToHome,
 };
-use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// At most so many moves are open at one home, decided ones that someone does not yet know included.
 pub const MAX_MOVES: usize = 4096;
-
-/// One move, as its home remembers it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MoveRecord {
-    /// The move.
-    pub move_id: MoveId,
-    /// Where to.
-    pub destination: Slot,
-    /// What was leased.
-    pub claims: Vec<Claim>,
-    /// How far it has come.
-    pub stage: Stage,
-}
-
-/// How far a move has come, for its home.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Stage {
-    /// Undecided.
-    Leased,
-    /// Decided; the source does not yet know.
-    Aborted {
-        /// The entries in their new incarnations.
-        raised: Vec<Claim>,
-    },
-    /// Decided.
-    Committed {
-        /// Where everything is since.
-        entries: Vec<EntryChange>,
-        /// The source knows.
-        source_knows: bool,
-        /// It runs at the destination, or has run there.
-        destination_done: bool,
-        /// Homes that do not yet know.
-        untold: BTreeSet<Slot>,
-    },
-}
-
-/// One thing to be made durable.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Durable {
-    /// A row of the table.
-    Row(Row),
-    /// A move, in place of its earlier record.
-    Move(MoveRecord),
-    /// A move is not to be remembered any more.
-    MoveForgotten(MoveId),
-}
-
-/// What the home must know after a restart: the sum of all it had made durable.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Ledger {
-    rows: BTreeMap<Pid, Row>,
-    moves: BTreeMap<MoveId, MoveRecord>,
-}
-
-impl Ledger {
-    /// Adds one thing.
-    pub fn apply(&mut self, durable: Durable) {
-        match durable {
-            Durable::Row(row @ (Row::Entry(pid, _) | Row::Grave(pid, _))) => drop(self.rows.insert(pid, row)),
-            Durable::Row(Row::Absent(pid)) => drop(self.rows.remove(&pid)),
-            Durable::Move(record) => drop(self.moves.insert(record.move_id, record)),
-            Durable::MoveForgotten(move_id) => drop(self.moves.remove(&move_id)),
-        }
-    }
-
-    /// The same as a list, to begin a new log with.
-    pub fn entries(&self) -> impl Iterator<Item = Durable> + '_ {
-        let rows = self.rows.values().cloned().map(Durable::Row);
-        rows.chain(self.moves.values().cloned().map(Durable::Move))
-    }
-}
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -636,3 +564,7 @@ fn destination_is_done(stage: &mut Stage) -> bool {
         Stage::Leased | Stage::Aborted { .. } => false,
     }
 }
+
+#[cfg(test)]
+#[path = "home_tests.rs"]
+mod tests;

@@ -43,8 +43,10 @@
 
 pub mod destination;
 pub mod home;
+mod ledger;
 pub mod outbox;
 pub mod source;
+mod source_words;
 
 use dunlin_proto::ids::Slot;
 use dunlin_proto::relocation::{

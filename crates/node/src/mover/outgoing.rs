@@ -5,6 +5,7 @@
 
 use super::payload::{self, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared, Proposal};
 use super::progress::{Times, phase};
+use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock, random};
 use crate::capture::freeze::Frozen;
 use crate::capture::{CaptureError, Met, Source, Surroundings};
@@ -23,6 +24,7 @@ use dunlin_proto::peer::{PeerReply, PeerRequest};
 use dunlin_proto::relocation::{Claim, Member};
 use dunlin_sys::procfs::ProcDir;
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
@@ -278,6 +280,7 @@ struct Outgoing<'a> {
     reporter: &'a Reporter,
     told: bool,
     events: Vec<SourceEvent>,
+    early: Vec<SourceEvent>,
     tight: bool,
 }
 
@@ -329,6 +332,7 @@ impl<'a> Outgoing<'a> {
             reporter,
             told: false,
             events: Vec::new(),
+            early: Vec::new(),
             tight: false,
         };
         let outcome = this.go();
@@ -379,6 +383,11 @@ impl<'a> Outgoing<'a> {
                 Some(event) => event,
                 None => self.wait(&words, machine.next_timeout()),
             };
+            // A copy whose pages are few has them all before it is known here that it runs.
+            if matches!(event, SourceEvent::Drained(..)) && self.times.resumed.is_none() {
+                self.early.push(event);
+                continue;
+            }
             machine.handle(self.mover.now(), event);
             if self.times.resumed.is_some() && !self.told && last_report.elapsed() > Duration::from_millis(100) {
                 last_report = Instant::now();
@@ -424,13 +433,11 @@ impl<'a> Outgoing<'a> {
             SourceAction::Persist(record) => {
                 let blob = postcard::to_stdvec(&record).unwrap_or_default();
                 self.mover
-                    .log("keeping a record", self.mover.nest.store(&self.label(), &[], blob));
+                    .log("keeping a record", self.mover.nest.store_soon(&self.label(), blob));
             }
             SourceAction::Forget => {
-                self.mover.log(
-                    "dropping a record",
-                    self.mover.nest.drop_label(&self.label()).map(|_| ()),
-                );
+                self.mover
+                    .log("dropping a record", self.mover.nest.drop_soon(&self.label()));
             }
             SourceAction::Freeze => {
                 self.progress(MovePhase::Freeze);
@@ -467,6 +474,7 @@ impl<'a> Outgoing<'a> {
             SourceReport::Resumed => {
                 self.tight = false;
                 self.times.resumed = Some(Instant::now());
+                self.events.append(&mut self.early);
                 self.progress(MovePhase::Resume);
                 if self.request.wait == WaitFor::Resumed {
                     self.finish_moved();
@@ -550,24 +558,30 @@ impl<'a> Outgoing<'a> {
     }
 
     fn freeze(&mut self) -> Result<(Vec<Member>, Vec<u8>), CaptureError> {
+        // Whatever can be looked up before the stop is.
+        let mover = self.mover.clone();
+        let identify = |fd: std::os::fd::BorrowedFd<'_>| mover.streams.identify(fd);
+        let around = mover.surroundings(&identify, &self.party);
+        around.look();
+        for (run, stream) in self.sources.iter().flat_map(Source::streams) {
+            mover.streams.settle(run, stream)?;
+        }
         let started = Instant::now();
-        for source in self.sources.drain(..).collect::<Vec<_>>() {
+        let mut sources = std::mem::take(&mut self.sources).into_iter();
+        while let Some(source) = sources.next() {
             match source.freeze() {
                 Ok(frozen) => {
                     self.times.frozen.get_or_insert(frozen.since);
                     self.frozen.push(frozen);
                 }
                 Err((source, error)) => {
-                    source.abandon();
+                    self.sources = std::iter::once(*source).chain(sources).collect();
                     return Err(error);
                 }
             }
         }
         self.tight = true;
         let stopped = Instant::now();
-        let mover = self.mover.clone();
-        let identify = |fd: std::os::fd::BorrowedFd<'_>| mover.streams.identify(fd);
-        let around = mover.surroundings(&identify, &self.party);
         let mut processes = Vec::new();
         let mut members = Vec::new();
         let mut frozen_all = std::mem::take(&mut self.frozen);
@@ -608,7 +622,7 @@ impl<'a> Outgoing<'a> {
     ) -> Result<(Member, FrozenProcess), CaptureError> {
         let pid = frozen.source.pid;
         for (run, stream) in frozen.source.streams() {
-            self.mover.streams.settle(run, stream, pid)?;
+            self.mover.streams.settle(run, stream)?;
         }
         let mut essence = frozen.essence(around, &mut self.met)?;
         let moving: Vec<Pid> = self.party.iter().map(|(pid, _)| *pid).collect();
@@ -740,6 +754,18 @@ fn regions(plan: &ProcessPlan) -> Vec<(u64, u64)> {
 impl Mover {
     fn reserve_party(&self, party: &[(Pid, i32)], id: MoveId) -> Result<(), MoveOutcome> {
         let mut busy = lock(&self.busy);
+        // A process that has just come may go on when its home knows that it is here: a matter of milliseconds.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let arriving = |busy: &BTreeMap<Pid, MoveId>| {
+            party
+                .iter()
+                .any(|(pid, _)| busy.get(pid).is_some_and(|by| by.source != self.here))
+        };
+        while arriving(&busy) && Instant::now() < deadline {
+            drop(busy);
+            std::thread::sleep(Duration::from_millis(1));
+            busy = lock(&self.busy);
+        }
         for (pid, _) in party {
             if let Some(other) = busy.get(pid) {
                 let message = format!("process {pid} is already being moved ({other})");
@@ -759,12 +785,14 @@ impl Mover {
             map,
             claims,
         } = withdrawn;
+        let second = SecondHand::new(self.nest.clone(), host.unwrap_or(0));
+        self.log("keeping a userfaultfd", second.keep(uffd.as_fd()));
         let space = NewSpace {
             pid: host,
             uffd,
             map,
             connect: self.connect(),
-            observer: Arc::new(()),
+            observer: Arc::new(second),
             claims: Some(claims),
         };
         match self.pager.adopt(space) {

@@ -33,7 +33,10 @@ pub struct Connection {
 #[derive(Debug, Default)]
 struct Waiting {
     next: u64,
+    /// No answer will come any more.
     gone: bool,
+    /// It is we who leave.
+    left: bool,
     replies: HashMap<u64, SyncSender<Reply>>,
 }
 
@@ -54,6 +57,15 @@ impl Connection {
 
     /// Sends a request and waits for its answer.
     pub fn ask(&self, request: Request, fds: &[BorrowedFd<'_>]) -> io::Result<Reply> {
+        self.begin(request, fds)?.recv().map_err(|_| gone())
+    }
+
+    /// Hands a request over without waiting for its answer: once this returns, it is init's, whatever becomes of us.
+    pub fn tell(&self, request: Request, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.begin(request, fds).map(|_| ())
+    }
+
+    fn begin(&self, request: Request, fds: &[BorrowedFd<'_>]) -> io::Result<Receiver<Reply>> {
         let (sender, receiver) = mpsc::sync_channel(1);
         let number = {
             let mut waiting = lock(&self.waiting);
@@ -71,12 +83,13 @@ impl Connection {
             lock(&self.waiting).replies.remove(&number);
             return Err(e);
         }
-        receiver.recv().map_err(|_| gone())
+        Ok(receiver)
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
+        lock(&self.waiting).left = true;
         // The reader has the socket too; this ends it.
         let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
     }
@@ -117,8 +130,11 @@ fn read(socket: &OwnedFd, waiting: &Mutex<Waiting>, events: &Sender<NestEvent>) 
     let mut waiting = lock(waiting);
     waiting.gone = true;
     waiting.replies.clear();
+    let left = waiting.left;
     drop(waiting);
-    let _ = events.send(NestEvent::InitGone);
+    if !left {
+        let _ = events.send(NestEvent::InitGone);
+    }
 }
 
 fn event_of(event: Event) -> Option<NestEvent> {

@@ -25,7 +25,7 @@ impl Streams for NoStreams {
     fn open(&self, _: RunId, _: u8) -> io::Result<OwnedFd> {
         Err(io::ErrorKind::Unsupported.into())
     }
-    fn settle(&self, _: RunId, _: u8, _: Pid) -> io::Result<()> {
+    fn settle(&self, _: RunId, _: u8) -> io::Result<()> {
         Ok(())
     }
     fn departed(&self, _: Pid, _: &[(RunId, u8)], _: Slot) {}

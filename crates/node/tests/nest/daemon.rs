@@ -44,6 +44,7 @@ fn programs_fork_on_without_a_daemon() {
         "for i in 1 2 3 4 5 6 7 8 9; do sh -c 'echo $$'; done; exit 5",
     ]);
     f.nest = None;
+    assert!(f.events.iter().all(|e| e != NestEvent::InitGone), "init lives");
     let output = read_all(running.output);
     assert_eq!(assert_ours(&output).len(), 9);
     f.reopen();

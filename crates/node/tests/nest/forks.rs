@@ -31,6 +31,11 @@ pub const TESTS: &[Test] = &[
         a_fork_of_a_large_memory_comes_through,
     ),
     ("nested_namespaces_are_steered", nested_namespaces_are_steered),
+    ("traced_callers_hold_nobody_up", traced_callers_hold_nobody_up),
+    (
+        "what_would_make_unsteered_threads_is_refused",
+        what_would_make_unsteered_threads_is_refused,
+    ),
 ];
 
 /// Forks until it has made so many children; each prints its PID. `keep`: so many live at a time.
@@ -280,4 +285,43 @@ fn nested_namespaces_are_steered() {
     assert!(high.len() >= 5, "{pids}");
     assert_ours(&high.join(" "));
     assert_eq!(SLOT, 3);
+}
+
+/// Forks that fail, by a program that is traced all the while: nobody can nudge it.
+fn traced_callers_hold_nobody_up() {
+    let mut f = Fixture::new();
+    let traced = f.start(&["python3", "-c", TRACED, REFUSED]);
+    let (output, status) = f.run(&["python3", "-c", BOMB, "100", "2"]);
+    assert_eq!(status, 0);
+    assert_eq!(assert_ours(&output).values().sum::<u32>(), 100);
+    let output = read_all(traced.output);
+    assert_eq!(f.ended(traced.pid), 0, "{output}");
+    assert_eq!(output.trim(), "30");
+}
+
+/// Seizes a child and lets every stop go on at once, until it ends.
+const TRACED: &str = "\
+import ctypes, os, signal, sys
+libc = ctypes.CDLL(None, use_errno=True)
+ptrace = lambda request, pid, data=0: libc.ptrace(ctypes.c_ulong(request), pid, None, ctypes.c_void_p(data))
+pid = os.fork()
+if pid == 0:
+    signal.raise_signal(signal.SIGSTOP)
+    os.execvp('python3', ['python3', '-c', sys.argv[1], '30'])
+os.waitpid(pid, os.WUNTRACED)
+assert ptrace(0x4206, pid) == 0
+os.kill(pid, signal.SIGCONT)
+while True:
+    _, status = os.waitpid(pid, 0x40000000)
+    if not os.WIFSTOPPED(status): break
+    event, sig = status >> 16, os.WSTOPSIG(status)
+    ptrace(7, pid, 0 if event else sig)
+sys.exit(os.waitstatus_to_exitcode(status))
+";
+
+fn what_would_make_unsteered_threads_is_refused() {
+    let mut f = Fixture::new();
+    let script = "import ctypes; l = ctypes.CDLL(None, use_errno=True); p = ctypes.create_string_buffer(120)\n\
+                  print(l.syscall(425, 4, p), ctypes.get_errno())";
+    assert_eq!(f.run(&["python3", "-c", script]).0, "-1 1\n");
 }

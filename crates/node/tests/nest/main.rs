@@ -7,12 +7,12 @@ mod daemon;
 mod fixture;
 mod forks;
 mod programs;
+#[path = "../runner/mod.rs"]
+mod runner;
 mod surrogates;
 
-use std::panic::catch_unwind;
+use runner::Test;
 use std::process::ExitCode;
-
-type Test = (&'static str, fn());
 
 fn main() -> ExitCode {
     let mut args: Vec<_> = std::env::args_os().skip(1).collect();
@@ -23,32 +23,17 @@ fn main() -> ExitCode {
     if args.first().is_some_and(|a| a == "threads") {
         return forks::threads_role();
     }
+    // `… run CMD…`: a program in a nest of its own, for measurements by hand.
+    if args.first().is_some_and(|a| a == "run") {
+        let argv: Vec<&str> = args[1..].iter().map(String::as_str).collect();
+        let (output, status) = fixture::Fixture::new().run(&argv);
+        print!("{output}");
+        return if status == 0 {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        };
+    }
     let tests: Vec<Test> = [programs::TESTS, forks::TESTS, daemon::TESTS, surrogates::TESTS].concat();
-    let has = |flag: &str| args.iter().any(|a| a == flag);
-    if has("--list") {
-        if !has("--ignored") {
-            tests.iter().for_each(|(name, _)| println!("{name}: test"));
-        }
-        return ExitCode::SUCCESS;
-    }
-    let filters: Vec<&String> = args.iter().filter(|a| !a.starts_with('-')).collect();
-    let wanted = |name: &str| {
-        filters.is_empty()
-            || filters
-                .iter()
-                .any(|f| if has("--exact") { name == *f } else { name.contains(*f) })
-    };
-    let (mut failed, mut ran) = (0, 0);
-    for (name, test) in tests.into_iter().filter(|(name, _)| wanted(name)) {
-        ran += 1;
-        let ok = catch_unwind(test).is_ok();
-        failed += usize::from(!ok);
-        println!("test {name} ... {}", if ok { "ok" } else { "FAILED" });
-    }
-    println!("\ntest result: {ran} run, {failed} failed");
-    if failed == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    runner::run(&tests, &args)
 }

@@ -13,6 +13,11 @@ pub const TESTS: &[Test] = &[
     ),
     ("surrogates_are_placed_where_asked", surrogates_are_placed_where_asked),
     ("reports_wait_for_a_daemon", reports_wait_for_a_daemon),
+    (
+        "a_program_becomes_a_surrogate_and_reaps",
+        a_program_becomes_a_surrogate_and_reaps,
+    ),
+    ("only_registered_ones_are_believed", only_registered_ones_are_believed),
 ];
 
 const FOREIGN: Pid = Pid(64 * 20 + 4);
@@ -137,4 +142,60 @@ fn reports_wait_for_a_daemon() {
         assert_eq!(next_signal(&mut f, FOREIGN).0, 34 + i);
     }
     assert_eq!(f.ended(sender.pid), 3 << 8);
+}
+
+/// Executes the surrogates' program, which it has as its standard input, with a child left to wait for.
+const TURN: &str = "\
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+if os.fork() == 0:
+    os.close(1); os.close(2); signal.sigwait([10]); os._exit(9)
+os.set_inheritable(0, True)
+print(os.getpid(), flush=True)
+signal.sigwait([12])
+os.execv('/proc/self/fd/0', ['turned'])
+";
+
+fn a_program_becomes_a_surrogate_and_reaps() {
+    let mut f = Fixture::new();
+    let program = f.nest().surrogate_program().try_clone_to_owned().unwrap();
+    let running = f.try_start(&["python3", "-c", TURN], |s| s.stdio[0] = program).unwrap();
+    let pid = running.pid;
+    let mut line = [0u8; 16];
+    rustix::io::read(&running.output, &mut line).unwrap();
+    f.nest().register_surrogate(pid).unwrap();
+    f.sh(&format!(
+        "kill -USR2 {pid}; n=0; until grep -q turned /proc/{pid}/comm; do sleep 0.01; n=$((n+1)); [ $n -lt 500 ] || exit 1; done; pkill -USR1 -P {pid}"
+    ));
+    let event = f.wait_for(|e| matches!(e, NestEvent::SurrogateChild { .. }));
+    let NestEvent::SurrogateChild { parent, siginfo } = event else {
+        unreachable!()
+    };
+    assert_eq!((parent, number(&siginfo, 0), number(&siginfo, 24)), (pid, 17, 9));
+    assert_eq!(next_signal(&mut f, pid).0, 17);
+    assert_eq!(
+        f.sh(&format!("pgrep -c -P {pid} || true")),
+        "0\n",
+        "the child is reaped"
+    );
+    f.sh(&format!("kill -9 {pid}"));
+    assert_eq!(f.ended(pid), 9);
+}
+
+fn only_registered_ones_are_believed() {
+    let mut f = Fixture::new();
+    let program = f.nest().surrogate_program().try_clone_to_owned().unwrap();
+    let running = f.try_start(&["python3", "-c", TURN], |s| s.stdio[0] = program).unwrap();
+    let pid = running.pid;
+    let mut line = [0u8; 16];
+    rustix::io::read(&running.output, &mut line).unwrap();
+    f.sh(&format!(
+        "kill -USR2 {pid}; n=0; until grep -q turned /proc/{pid}/comm; do sleep 0.01; n=$((n+1)); [ $n -lt 500 ] || exit 1; done; kill -TERM {pid}"
+    ));
+    f.nest().make_surrogate(spec(FOREIGN)).unwrap();
+    f.sh(&format!("kill -TERM -{FOREIGN}"));
+    assert_eq!(next_signal(&mut f, FOREIGN).0, 15);
+    f.assert_quiet();
+    f.sh(&format!("kill -9 {pid}"));
+    f.ended(pid);
 }
