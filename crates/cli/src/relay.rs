@@ -17,9 +17,13 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
 
 /// At most this much standard input in one message, as the protocol bounds it.
 const INPUT_BYTES: usize = 64 << 10;
+
+/// So long a signal waits for input before it, which the program may yet read, until it overtakes it.
+const SOON: Duration = Duration::from_millis(50);
 
 /// What the caller passes on while the program runs.
 pub struct Relay {
@@ -129,16 +133,24 @@ impl Line {
         }
     }
 
-    /// Sends a small message if the line is free; `false` if it is full of input that nobody reads.
+    /// Sends a small message if the line is free, or soon will be; `false` if it is full of input that nobody reads.
     fn send_or_drop(&self, message: &RunInput) -> bool {
-        let mut input = match self.input.try_lock() {
-            Ok(input) => input,
-            Err(TryLockError::Poisoned(input)) => input.into_inner(),
-            Err(TryLockError::WouldBlock) => return false,
-        };
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let free = poll(&mut [PollFd::new(&*input, PollFlags::OUT)], Some(&now)).is_ok_and(|ready| ready == 1);
-        free && frame::write(&mut *input, message).is_ok()
+        let soon = Instant::now() + SOON;
+        while Instant::now() < soon {
+            let input = match self.input.try_lock() {
+                Ok(input) => Some(input),
+                Err(TryLockError::Poisoned(input)) => Some(input.into_inner()),
+                Err(TryLockError::WouldBlock) => None,
+            };
+            let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+            if let Some(mut input) = input
+                && poll(&mut [PollFd::new(&*input, PollFlags::OUT)], Some(&now)).is_ok_and(|ready| ready == 1)
+            {
+                return frame::write(&mut *input, message).is_ok();
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        false
     }
 
     /// Passes standard input on until it ends.

@@ -162,9 +162,9 @@ fn a_closed_output_is_a_broken_pipe_to_the_program() {
             other => panic!("{other:?}"),
         }
     });
-    let mut child = fake.command(&["run", "yes"]).spawn().unwrap();
-    drop(child.stdout.take());
-    let output = child.wait_with_output().unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = fake.command(&["run", "yes"]).stdout(writer).output().unwrap();
     assert_eq!(
         (output.status.signal(), text(&output.stderr)),
         (Some(13), String::new())
