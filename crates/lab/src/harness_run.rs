@@ -31,6 +31,22 @@ struct Seen {
     end: Option<Result<ExitStatus, String>>,
 }
 
+impl Seen {
+    /// For a person: how it ended, and the last of what it wrote.
+    fn in_words(&self) -> String {
+        let tail = |bytes: &[u8]| String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(1500)..]).into_owned();
+        let end = self
+            .end
+            .as_ref()
+            .map_or("it still runs".into(), |end| format!("it ended: {end:?}"));
+        format!(
+            "{end}; its output ends with:\n{}\nits errors with:\n{}",
+            tail(&self.stdout),
+            tail(&self.stderr)
+        )
+    }
+}
+
 /// How a program ended, and all that it wrote.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ended {
@@ -143,7 +159,11 @@ impl Run {
         while !holds(&seen) {
             let left = deadline.saturating_duration_since(Instant::now());
             let given_up = left.is_zero() || seen.end.is_some();
-            assert!(!given_up, "waited in vain for {what}: {seen:#?}");
+            if given_up {
+                let words = seen.in_words();
+                drop(seen); // the collecting thread goes on without it
+                panic!("waited in vain for {what}: {words}");
+            }
             seen = self
                 .seen
                 .1
