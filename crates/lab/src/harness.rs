@@ -235,7 +235,10 @@ impl Lab {
             }
             let ended = child.try_wait().expect("a child can be asked for");
             assert!(ended.is_none(), "the daemon of {node} ended: {ended:?}");
-            assert!(Instant::now() < deadline, "the daemon of {node} is not ready: {ready:?}");
+            assert!(
+                Instant::now() < deadline,
+                "the daemon of {node} is not ready: {ready:?}"
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
         // Reaped whenever it ends.

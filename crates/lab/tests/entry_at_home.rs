@@ -68,7 +68,9 @@ fn nest_of(lab: &Lab, node: &str) -> Vec<Pid> {
 /// Waits until a node's nest has nothing but init.
 #[track_caller]
 fn empties(lab: &Lab, node: &str) {
-    lab.until(&format!("{node} keeps nothing: {:?}", nest_of(lab, node)), |_| nest_of(lab, node).is_empty());
+    lab.until(&format!("{node} keeps nothing: {:?}", nest_of(lab, node)), |_| {
+        nest_of(lab, node).is_empty()
+    });
 }
 
 fn without_waiting(pid: Pid, to: &str) -> MoveRequest {
@@ -92,7 +94,11 @@ fn a_parent_sees_the_exit_code_of_a_child_elsewhere() {
 
 #[test]
 fn a_parent_sees_what_killed_its_child_elsewhere() {
-    for (order, signal) in [("os.kill(os.getpid(), 15)", 15), ("ctypes.string_at(8)", 11), ("os.abort()", 6)] {
+    for (order, signal) in [
+        ("os.kill(os.getpid(), 15)", 15),
+        ("ctypes.string_at(8)", 11),
+        ("os.abort()", 6),
+    ] {
         let mut family = Family::start(&format!("killed-by-{signal}"));
         family.lab.move_verified(family.child.pid, "n2");
         family.lab.move_process(family.child.pid, "n3");
@@ -139,7 +145,9 @@ fn a_sigkill_of_the_parent_reaches_a_child_elsewhere() {
     family.lab.move_process(pid, "n2");
     family.parent.ask(&format!("os.kill({pid}, signal.SIGKILL)"));
     assert_eq!(family.waited("0"), "[True, ('killed', 9)]");
-    family.lab.until("the child has ended", |rows| rows.iter().all(|r| r.pid != pid));
+    family
+        .lab
+        .until("the child has ended", |rows| rows.iter().all(|r| r.pid != pid));
     empties(&family.lab, "n2");
 }
 
@@ -151,7 +159,9 @@ fn a_signal_to_the_group_reaches_its_member_elsewhere_with_its_sender() {
     family.child.ask("signal.pthread_sigmask(0, [10])");
     family.lab.move_process(pid, "n2");
     family.parent.ask("os.kill(0, 10)");
-    let info = family.child.ask("(lambda i: (i.si_signo, i.si_code, i.si_pid))(signal.sigwaitinfo([10]))");
+    let info = family
+        .child
+        .ask("(lambda i: (i.si_signo, i.si_code, i.si_pid))(signal.sigwaitinfo([10]))");
     assert_eq!(info, format!("(10, 0, {})", family.parent.pid));
 }
 
@@ -189,9 +199,14 @@ fn a_process_waits_for_the_children_it_left_behind() {
     let mut kids: Vec<Obedient> = ["a", "b", "c"].map(|n| family.child.fork(n)).into();
     // One has ended, unwaited for, before the move.
     let dead = family.child.ask("fork_leaving(9)");
-    family.child.ask(&format!("os.waitid(os.P_PID, {dead}, os.WEXITED | os.WNOWAIT).si_status"));
+    family.child.ask(&format!(
+        "os.waitid(os.P_PID, {dead}, os.WEXITED | os.WNOWAIT).si_status"
+    ));
     family.lab.move_process(family.child.pid, "n2");
-    assert_eq!(family.child.ask(&format!("os.waitpid({dead}, 0)")), format!("({dead}, 2304)"));
+    assert_eq!(
+        family.child.ask(&format!("os.waitpid({dead}, 0)")),
+        format!("({dead}, 2304)")
+    );
     kids[0].tell("os._exit(5)");
     assert_eq!(family.child.ask("os.wait()"), format!("({}, 1280)", kids[0].pid));
     family.lab.move_process(family.child.pid, "n3");
@@ -247,7 +262,9 @@ fn the_node_that_gave_it_up_keeps_nothing_and_home_has_the_process_again() {
 fn it_moves_on_while_its_pages_are_still_elsewhere() {
     let mut family = Family::start("moves-on");
     let pid = family.child.pid;
-    family.child.ask("memory = bytearray(random.Random(5).randbytes(1 << 20) * 256)");
+    family
+        .child
+        .ask("memory = bytearray(random.Random(5).randbytes(1 << 20) * 256)");
     let digest = "(memory.__setitem__(slice(0, 1 << 20, 4096), bytes(256)), hashlib.sha256(memory).hexdigest())[1]";
     let expected = family.child.ask(digest);
     let mut seen_elsewhere = 0;
@@ -260,7 +277,10 @@ fn it_moves_on_while_its_pages_are_still_elsewhere() {
         assert_eq!(row.node, node);
         seen_elsewhere += usize::from(row.pages_elsewhere.values().sum::<u64>() > 0);
         // Some pages become its own on the way.
-        assert_eq!(family.child.ask("memory[77 << 20]"), family.child.ask("memory[77 << 20]"));
+        assert_eq!(
+            family.child.ask("memory[77 << 20]"),
+            family.child.ask("memory[77 << 20]")
+        );
     }
     assert!(seen_elsewhere > 0, "no move was seen draining");
     assert_eq!(family.child.ask(digest), expected);
@@ -300,7 +320,11 @@ fn a_run_takes_signals_and_says_how_it_ends_from_where_it_is() {
         sys.exit(3)";
     let mut run = lab.node("n1").run(&["python3", "-c", script]);
     run.until_says("ready\n");
-    for (node, word, answer) in [("n2", "two\n", "owt\n"), ("n3", "three\n", "eerht\n"), ("n1", "one\n", "eno\n")] {
+    for (node, word, answer) in [
+        ("n2", "two\n", "owt\n"),
+        ("n3", "three\n", "eerht\n"),
+        ("n1", "one\n", "eno\n"),
+    ] {
         lab.move_process(run.pid, node);
         run.type_in(word);
         run.until_says(answer);
@@ -310,7 +334,10 @@ fn a_run_takes_signals_and_says_how_it_ends_from_where_it_is() {
     run.until_says("interrupted\n");
     run.end_input();
     let ended = run.wait();
-    assert_eq!((ended.status, ended.stderr.as_str()), (ExitStatus::Code(3), "noted\nnoted\nnoted\n"));
+    assert_eq!(
+        (ended.status, ended.stderr.as_str()),
+        (ExitStatus::Code(3), "noted\nnoted\nnoted\n")
+    );
 }
 
 #[test]
@@ -319,12 +346,21 @@ fn a_run_that_is_killed_elsewhere_says_so() {
     family.lab.move_process(family.parent.pid, "n2");
     family.lab.kill(family.parent.pid, 15);
     let status = family.run.wait().status;
-    assert_eq!(status, ExitStatus::Signal { signal: 15, core: false });
+    assert_eq!(
+        status,
+        ExitStatus::Signal {
+            signal: 15,
+            core: false
+        }
+    );
     drop(family.workshop);
 }
 
 #[test]
 fn a_process_that_is_nowhere_is_not_moved() {
     let lab = Lab::up("nowhere", &Options::default());
-    assert!(matches!(lab.move_as(request(Pid(64 * 9 + 1), "n2")), Err(NotMoved::Failed(_))));
+    assert!(matches!(
+        lab.move_as(request(Pid(64 * 9 + 1), "n2")),
+        Err(NotMoved::Failed(_))
+    ));
 }

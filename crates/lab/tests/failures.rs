@@ -42,12 +42,20 @@ fn refused(name: &str, order: &str, words: &[&str]) {
 
 #[test]
 fn a_socket_is_refused_by_its_number() {
-    refused("socket", "s = socket.socketpair()[0]; os.dup2(s.fileno(), 77)", &["77", "socket"]);
+    refused(
+        "socket",
+        "s = socket.socketpair()[0]; os.dup2(s.fileno(), 77)",
+        &["77", "socket"],
+    );
 }
 
 #[test]
 fn a_file_that_is_not_there_is_refused_by_its_name() {
-    refused("missing", "f = open('/dev/shm/only-here', 'w+'); f.write('x'); f.flush()", &["/dev/shm/only-here"]);
+    refused(
+        "missing",
+        "f = open('/dev/shm/only-here', 'w+'); f.write('x'); f.flush()",
+        &["/dev/shm/only-here"],
+    );
 }
 
 #[test]
@@ -59,7 +67,10 @@ fn shared_memory_is_refused() {
 fn an_obstacle_that_is_removed_is_none_any_more() {
     let (lab, _workshop, mut program) = one("removed");
     program.ask("s = socket.socket()");
-    assert!(matches!(lab.move_as(request(program.pid, "n2")), Err(NotMoved::Refused(_))));
+    assert!(matches!(
+        lab.move_as(request(program.pid, "n2")),
+        Err(NotMoved::Refused(_))
+    ));
     program.ask("s.close()");
     lab.move_process(program.pid, "n2");
     runs_on(&lab, &mut program, "n2");
@@ -107,7 +118,11 @@ fn a_destination_killed_at_any_time_leaves_one_program() {
             found = rows.iter().filter(|r| r.pid == pid).map(|r| r.node.clone()).collect();
             found.len() == 1
         });
-        assert_eq!(program.ask("hashlib.sha256(memory).hexdigest()"), digest, "attempt {attempt}: {answer:?}");
+        assert_eq!(
+            program.ask("hashlib.sha256(memory).hexdigest()"),
+            digest,
+            "attempt {attempt}: {answer:?}"
+        );
         if found != ["n1"] {
             lab.move_process(pid, "n1");
         }
@@ -131,7 +146,10 @@ fn a_daemon_that_was_killed_comes_back_and_everything_goes_on() {
     runs_on(&lab, &mut parent, "n1");
     let pid = child.pid;
     parent.ask(&format!("os.kill({pid}, signal.SIGSTOP)"));
-    assert_eq!(parent.ask(&format!("os.waitpid({pid}, os.WUNTRACED)[1]")), (19 << 8 | 0x7f).to_string());
+    assert_eq!(
+        parent.ask(&format!("os.waitpid({pid}, os.WUNTRACED)[1]")),
+        (19 << 8 | 0x7f).to_string()
+    );
     parent.ask(&format!("os.kill({pid}, signal.SIGCONT)"));
     lab.move_process(pid, "n3");
     lab.move_process(pid, "n1");

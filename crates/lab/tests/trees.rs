@@ -26,7 +26,10 @@ fn a_pipe_travels_with_the_bytes_in_it() {
     child.ask("data = random.Random(1).randbytes(60000)");
     for node in ["n2", "n3", "n1", "n2", "n3"] {
         assert_eq!(parent.ask("os.write(there[1], data)"), "60000");
-        assert_eq!(child.ask("os.write(back[1], b'two') + os.write(back[1], b'three')"), "8");
+        assert_eq!(
+            child.ask("os.write(back[1], b'two') + os.write(back[1], b'three')"),
+            "8"
+        );
         lab.move_tree(parent.pid, node);
         assert_eq!(child.ask("os.read(there[0], 60000) == data"), "True", "on {node}");
         assert_eq!(parent.ask("os.read(back[0], 100)"), "b'twothree'", "on {node}");
@@ -35,7 +38,10 @@ fn a_pipe_travels_with_the_bytes_in_it() {
 
 #[test]
 fn whoever_is_blocked_on_a_pipe_stays_blocked_and_is_woken() {
-    let (lab, workshop) = (Lab::up("pipe-blocked", &Options::default()), Workshop::new("pipe-blocked"));
+    let (lab, workshop) = (
+        Lab::up("pipe-blocked", &Options::default()),
+        Workshop::new("pipe-blocked"),
+    );
     let (mut parent, mut child) = couple(&lab, &workshop);
     for one in [&mut parent, &mut child] {
         one.ask("data = random.Random(2).randbytes(300000)");
@@ -79,9 +85,14 @@ fn a_pipeline_of_compressor_and_digest_ends_as_unmoved() {
         "import random, sys\nr = random.Random(9)\nfor i in range(60):\n  sys.stdout.buffer.write(bytes(r.choices(b'abcdefgh ', k=100000)))\n",
     );
     let command = format!("set -o pipefail; python3 {} | xz -1 | sha256sum", producer.display());
-    let unmoved = std::process::Command::new("bash").args(["-c", &command]).output().unwrap();
+    let unmoved = std::process::Command::new("bash")
+        .args(["-c", &command])
+        .output()
+        .unwrap();
     let lab = Lab::up("pipeline", &Options::default());
-    let run = lab.node("n1").run_as(spec_in(&workshop.path(""), &["bash", "-c", &command]));
+    let run = lab
+        .node("n1")
+        .run_as(spec_in(&workshop.path(""), &["bash", "-c", &command]));
     let moves = until_it_ends(&lab, run.pid, true);
     let ended = run.wait();
     assert_eq!(ended.status, ExitStatus::Code(0), "{ended:?}");
@@ -91,7 +102,10 @@ fn a_pipeline_of_compressor_and_digest_ends_as_unmoved() {
 
 #[test]
 fn a_tree_of_three_generations_goes_round_and_stays_a_family() {
-    let (lab, workshop) = (Lab::up("generations", &Options::default()), Workshop::new("generations"));
+    let (lab, workshop) = (
+        Lab::up("generations", &Options::default()),
+        Workshop::new("generations"),
+    );
     let (mut parent, _run) = Obedient::start(&lab, &workshop, "parent");
     let mut child = parent.fork("child");
     let mut grandchild = child.fork("grandchild");
@@ -119,7 +133,10 @@ fn one_process_of_a_pipeline_alone_is_refused_with_the_reason() {
     assert_eq!(lab.can_move(child.pid, Some("n2")), obstacles);
     let said = format!("{obstacles:?}");
     assert!(said.contains("pipe") && said.contains("--tree"), "{said}");
-    assert!(names(&said, parent.pid), "it does not say who has the other end: {said}");
+    assert!(
+        names(&said, parent.pid),
+        "it does not say who has the other end: {said}"
+    );
     parent.ask("os.write(there[1], b'still here')");
     assert_eq!(child.ask("os.read(there[0], 100)"), "b'still here'");
 }

@@ -15,7 +15,7 @@ mod surroundings;
 mod threads;
 
 pub use descriptors::Met;
-pub use sleep::monotonic_ns;
+pub use sleep::{made_again, monotonic_ns};
 pub use surroundings::Surroundings;
 pub use threads::{from_words, to_words};
 

@@ -28,7 +28,12 @@ pub struct Obedient {
 pub fn obedient_spec(workshop: &Workshop, name: &str) -> RunSpec {
     let script = program("obedient.py");
     let dir = workshop.path("");
-    let argv = ["/usr/bin/python3", script.to_str().unwrap(), dir.to_str().unwrap(), name];
+    let argv = [
+        "/usr/bin/python3",
+        script.to_str().unwrap(),
+        dir.to_str().unwrap(),
+        name,
+    ];
     spec_in(&workshop.path(""), &argv)
 }
 
