@@ -394,7 +394,6 @@ impl Frozen {
         const SYS_CLOSE_RANGE: i64 = 436;
         const SYS_CLONE: i64 = 56;
         const CLONE_VM: u64 = 0x100;
-        const SIGCHLD: u64 = 17;
         let Frozen { source, threads, .. } = self;
         for thread in &threads {
             let mut script = Script::new(&source.foothold.arena);
@@ -411,7 +410,8 @@ impl Frozen {
         leader.set_signal_mask(SCRIPT_MASK)?;
         let mut script = Script::new(&source.foothold.arena);
         script.attempt("close_range", SYS_CLOSE_RANGE, &[0, u64::from(u32::MAX), 0]);
-        let keeper = script.child_parks("clone", SYS_CLONE, &[CLONE_VM | SIGCHLD, 0, 0, 0, 0]);
+        // With no signal at its end: should the process come home first, its wait(2) does not see the keeper.
+        let keeper = script.child_parks("clone", SYS_CLONE, &[CLONE_VM, 0, 0, 0, 0]);
         let (leader, answers) = script.run(leader)?;
         let keeper = Pid(answers.of(keeper) as i32);
         leader.set_signal_mask(u64::MAX)?;

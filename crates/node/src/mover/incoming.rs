@@ -494,13 +494,12 @@ impl Incoming {
                 let restored = self.mover.entries.stand_again(blank);
                 self.mover.log("making a surrogate stand again", restored);
             } else {
+                // Its end is nobody's: the surrogate of its parent will tell of it.
+                self.mover.hidden.insert(pid, HiddenKind::Leaving);
                 blank.destroy();
-                self.mover.hidden.remove(pid);
             }
         }
-        for relatives in std::mem::take(&mut self.relatives) {
-            self.mover.release_relatives(&relatives);
-        }
+        self.relatives.clear();
         self.spaces.clear();
         self.common = Common::default();
     }

@@ -173,7 +173,7 @@ impl Mover {
     }
 
     /// All processes of the nest: host numbers and PIDs.
-    fn neighbours(&self) -> Vec<(i32, Pid)> {
+    pub(super) fn neighbours(&self) -> Vec<(i32, Pid)> {
         let mut found = Vec::new();
         let mut queue = vec![self.nest.init_pid()];
         while let Some(host) = queue.pop() {
@@ -671,6 +671,9 @@ impl<'a> Outgoing<'a> {
                 .into_iter()
                 .filter(|id| *id != pid && id.0 > 100),
         );
+        // A child that has ended and is not yet waited for keeps its number.
+        let ended = essence.lineage.children.iter().filter(|child| child.ended.is_some());
+        ids.extend(ended.map(|child| child.pid));
         ids.sort_unstable();
         ids.dedup();
         let left_by = images.iter().map(|(_, by)| *by).collect();
@@ -719,11 +722,12 @@ impl<'a> Outgoing<'a> {
 
     fn make_images(&mut self) {
         let to = self.plan.destination;
+        let leaving: Vec<i32> = self.party.iter().map(|(_, host)| *host).collect();
         for frozen in std::mem::take(&mut self.frozen) {
             let pid = frozen.source.pid;
             let streams = frozen.source.streams();
             self.mover.exits.left(pid);
-            match self.mover.leave_behind(frozen) {
+            match self.mover.leave_behind(frozen, &leaving) {
                 Ok(keeper) => {
                     self.keepers.insert(pid, keeper);
                 }
@@ -731,24 +735,21 @@ impl<'a> Outgoing<'a> {
             }
             self.mover.streams.departed(pid, &streams, to);
             self.mover.residents.remove(pid);
-            if let Some(arrival) = self.mover.arrivals.remove(pid) {
-                self.mover.release_relatives(&arrival.relatives);
-            }
+            self.mover.arrivals.remove(pid);
             // The new node has claimed the older images by now, or will be told of them by its own map.
             if let Some(withdrawn) = self.withdrawn.remove(&pid) {
                 self.mover.hand_over(withdrawn);
             }
         }
+        self.mover.sweep();
     }
 
     fn forget_image(&mut self, pid: Pid) {
         if let Some(image) = self.images.get(&pid) {
             self.mover.images.remove(*image);
         }
-        if let Some(keeper) = self.keepers.remove(&pid)
-            && let Some(keeper) = rustix::process::Pid::from_raw(keeper)
-        {
-            let _ = rustix::process::kill_process(keeper, rustix::process::Signal::KILL);
+        if let Some(keeper) = self.keepers.remove(&pid) {
+            self.mover.end_keeper(keeper);
         }
     }
 }
