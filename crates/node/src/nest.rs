@@ -360,6 +360,35 @@ impl Nest {
         expect_done(reply.answer)
     }
 
+    /// Like [`Nest::reserve`], without waiting for the answer: whatever is asked of init later comes after it.
+    pub fn reserve_soon(&self, pids: &[Pid]) -> io::Result<()> {
+        self.0.connection.tell(Request::Reserve(pids.to_vec()), &[])
+    }
+
+    /// Like [`Nest::release`], without waiting for the answer.
+    pub fn release_soon(&self, pids: &[Pid]) -> io::Result<()> {
+        self.0.connection.tell(Request::Release(pids.to_vec()), &[])
+    }
+
+    /// Like [`Nest::store`], without waiting for the answer: for records that must outlive this daemon and are made while
+    /// a process is frozen. What was told before is kept before.
+    pub fn store_soon(&self, label: &str, blob: Vec<u8>) -> io::Result<()> {
+        let label = label.to_owned();
+        self.0.connection.tell(Request::Store { label, blob }, &[])
+    }
+
+    /// Like [`Nest::store_soon`], with descriptors.
+    pub fn store_with(&self, label: &str, fds: &[BorrowedFd<'_>], blob: Vec<u8>) -> io::Result<()> {
+        let label = label.to_owned();
+        self.0.connection.tell(Request::Store { label, blob }, fds)
+    }
+
+    /// Like [`Nest::drop_label`], without waiting for the answer.
+    pub fn drop_soon(&self, label: &str) -> io::Result<()> {
+        let label = label.to_owned();
+        self.0.connection.tell(Request::Drop { label }, &[])
+    }
+
     /// Copies of what init keeps under a label.
     pub fn fetch(&self, label: &str) -> io::Result<Option<(Vec<OwnedFd>, Vec<u8>)>> {
         let label = label.to_owned();
