@@ -210,13 +210,6 @@ fn dispatch(cli: Cli) -> exit::Outcome {
     }
 }
 
-fn node(config: &std::path::Path) -> exit::Outcome {
-    let config =
-        dunlin_node::config::NodeConfig::load(config).map_err(|e| exit::Failed::new(exit::USAGE, e.to_string()))?;
-    dunlin_node::daemon::run(config).map_err(|e| exit::Failed::new(1, e.to_string()))?;
-    exit::print("")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

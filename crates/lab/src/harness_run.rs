@@ -71,7 +71,6 @@ impl Run {
                     Ok(Reply::Output { stream: 1, bytes }) => seen.stdout.extend(bytes),
                     Ok(Reply::Output { bytes, .. }) => seen.stderr.extend(bytes),
                     // How much may be sent ahead is the command line's concern; the daemon takes what a test sends.
-                    Ok(Reply::InputTaken { .. }) => {}
                     Ok(Reply::InputTaken { bytes }) => seen.input_taken += u64::from(bytes),
                     Ok(Reply::Exited(status)) => seen.end = Some(Ok(status)),
                     Ok(other) => seen.end = Some(Err(format!("the daemon answered {other:?}"))),
