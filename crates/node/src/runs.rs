@@ -87,6 +87,11 @@ impl Run {
         self.owner
     }
 
+    /// It has a terminal.
+    pub fn has_terminal(&self) -> bool {
+        self.sort == Sort::Terminal
+    }
+
     /// Its streams.
     pub fn streams(&self) -> &Arc<Streams> {
         &self.streams
@@ -372,7 +377,9 @@ impl Runs {
 
     /// At a run's origin: what its terminal was like where it was used last.
     pub fn terminal(&self, run: RunId) -> Option<TtyState> {
-        self.run(run)?.streams.tty()
+        let streams = self.run(run)?.streams.clone();
+        let here = || terminal::state(streams.port(StreamKind::Tty)?.far()?).ok();
+        streams.tty().or_else(here)
     }
 
     /// At a run's origin: remembers that.
@@ -442,8 +449,6 @@ impl Runs {
         for (stream, fd) in record.streams.iter().zip(fds) {
             streams.adopt(*stream, fd)?;
         }
-        // Its caller, who had more to say, is gone with the last daemon.
-        streams.end_input();
         let owner = Owner {
             uid: record.uid,
             gid: record.gid,
@@ -457,7 +462,10 @@ impl Runs {
             abandoned: AtomicBool::new(false),
         });
         run.streams.set_top(record.pid);
-        self.lock().runs.insert(nonce, run);
+        self.lock().runs.insert(nonce, run.clone());
+        // Its caller, who had more to say, is gone with the last daemon. Now that it is known: the nest must drop its
+        // copy of the far end, too.
+        run.streams.end_input();
         Ok(())
     }
 

@@ -158,6 +158,8 @@ mod number {
     pub const CONT: i32 = Signal::CONT.as_raw();
     pub const KILL: i32 = Signal::KILL.as_raw();
     pub const CHLD: i32 = Signal::CHILD.as_raw();
+    pub const HUP: i32 = Signal::HUP.as_raw();
+    pub const WINCH: i32 = Signal::WINCH.as_raw();
 }
 
 #[cfg(test)]

@@ -132,7 +132,9 @@ fn take(node: &Arc<Node>, run: &Run, input: RunInput, told: &mut u64) -> bool {
 fn hang_up(node: &Arc<Node>, run: &Run) {
     let Some(pid) = run.pid() else { return };
     tracing::info!("the caller of run {pid} is gone");
-    if let Err(e) = signals::send(node, pid, Signal::HUP.as_raw(), None, Caller::SYSTEM)
+    // The kernel itself hangs up who has the terminal, when that is closed.
+    if !run.has_terminal()
+        && let Err(e) = signals::send(node, pid, Signal::HUP.as_raw(), None, Caller::SYSTEM)
         && e.kind != FailureKind::NoProcess
     {
         tracing::warn!("run {pid} does not hear that its caller is gone: {}", e.message);

@@ -5,12 +5,12 @@
 
 use super::node::{Node, failure};
 use crate::mover::{MoveOutcome, Report, Streams};
-use crate::peers::{PeerError, Peers};
+use crate::peers::Peers;
 use crate::runs::Runs;
 use dunlin_proto::control::{Failure, FailureKind, MoveRequest, Reply};
 use dunlin_proto::ids::{Pid, RunId, Slot};
 use dunlin_proto::peer::{PeerReply, PeerRequest};
-use dunlin_proto::stream::{StreamKind, StreamRef, TtyState};
+use dunlin_proto::stream::{StreamKind, StreamRef};
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -72,11 +72,16 @@ pub struct RunStreams {
 }
 
 impl RunStreams {
-    fn terminal_of(&self, run: RunId) -> Result<Option<TtyState>, PeerError> {
-        Ok(match self.peers.call(run.origin, &PeerRequest::Terminal { run })? {
-            PeerReply::Tty(state) => Some(state),
-            _ => None,
-        })
+    /// Makes the terminal here like the origin says it is.
+    fn set_terminal(&self, run: RunId) -> io::Result<()> {
+        match self
+            .peers
+            .call(run.origin, &PeerRequest::Terminal { run })
+            .map_err(io::Error::other)?
+        {
+            PeerReply::Tty(state) => self.runs.set_terminal(run, &state),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -90,7 +95,13 @@ impl Streams for RunStreams {
     }
 
     fn open(&self, run: RunId, stream: u8) -> io::Result<OwnedFd> {
-        self.runs.open_remote(stream_ref(run, stream)?)
+        let stream = stream_ref(run, stream)?;
+        let near = self.runs.open_remote(stream)?;
+        if stream.stream == StreamKind::Tty {
+            // Before anybody has it as the controlling terminal, and would be sent SIGWINCH for its having a size.
+            self.set_terminal(run)?;
+        }
+        Ok(near)
     }
 
     fn settle(&self, run: RunId, stream: u8) -> io::Result<()> {
@@ -117,9 +128,7 @@ impl Streams for RunStreams {
     fn arrived(&self, pid: Pid, streams: &[(RunId, u8)]) {
         for run in runs_of(streams) {
             if streams.contains(&(run, StreamKind::Tty.number())) {
-                let state = self.terminal_of(run).map_err(io::Error::other);
-                let set = state.and_then(|state| state.map_or(Ok(()), |state| self.runs.set_terminal(run, &state)));
-                if let Err(e) = set {
+                if let Err(e) = self.set_terminal(run) {
                     tracing::warn!("the terminal of process {pid} is not as it was: {e}");
                 }
             }

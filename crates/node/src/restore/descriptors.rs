@@ -20,7 +20,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+const SYS_IOCTL: i64 = 16;
 const SYS_CLOSE_RANGE: i64 = 436;
+const TIOCSCTTY: u64 = 0x540e;
 const O_ACCMODE: u32 = 3;
 
 /// The obstacle that a file which is not here is.
@@ -73,7 +75,23 @@ pub fn install_all(blank: &Blank, files: &Files, kit: &mut Kit<'_>) -> Result<()
         });
     }
     install(pid, pid, blank.leader(), blank.foothold.syscall_at, wanted, kit)?;
+    take_terminal(blank, files)?;
     open_paths(blank, files, kit)
+}
+
+/// The leader of a session that has the terminal of its run takes it as the controlling one: its keys make signals here.
+/// It may have it already, at home; and a terminal that another session has stays that session's.
+fn take_terminal(blank: &Blank, files: &Files) -> Result<(), RestoreError> {
+    const TERMINAL: u8 = 3;
+    let of_run = |kind: &DescriptionKind| matches!(kind, DescriptionKind::Stream { stream: TERMINAL, .. });
+    let mut table = files.table.iter();
+    let terminal = table.find(|d| of_run(&files.descriptions[d.description as usize].kind));
+    let Some(terminal) = terminal.filter(|_| blank.image.lineage.sid == blank.pid) else {
+        return Ok(());
+    };
+    let mut script = Script::new(&blank.foothold.arena);
+    script.attempt("ioctl(TIOCSCTTY)", SYS_IOCTL, &[terminal.number as u64, TIOCSCTTY, 0]);
+    blank.run(blank.host, script, "taking the terminal")
 }
 
 fn is_path(description: &Description) -> bool {

@@ -18,6 +18,9 @@ use dunlin_proto::peer::{Caller, Change, PeerReply, PeerRequest};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+/// From the kernel itself.
+const SI_KERNEL: i32 = 0x80;
+
 /// Acts on one report. May wait for peers.
 pub fn act(node: &Arc<Node>, event: NestEvent) {
     match event {
@@ -43,6 +46,11 @@ fn signal(node: &Arc<Node>, pid: Pid, info: &[u8; 128]) {
     }
     // From outside the nest: this daemon has it look for a keeper that ended.
     if signal == number::CHLD && sender == 0 {
+        return;
+    }
+    // The terminal here tells the leader of its session what the one there, which is its continuation, tells the process.
+    let of_terminal = code == SI_KERNEL && [number::HUP, number::CONT, number::WINCH].contains(&signal);
+    if of_terminal && node.runs.of(pid).is_some_and(|run| run.has_terminal()) {
         return;
     }
     // From outside the nest (0): from this daemon, perhaps.

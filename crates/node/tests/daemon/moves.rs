@@ -132,10 +132,17 @@ fn a_terminal_follows() {
 
 fn a_caller_that_goes_hangs_a_moved_program_up() {
     let [one, two] = nodes();
-    let run = one.run(&["python3", "-c", ECHO]);
-    let pid = run.started();
-    run.output_until("up\n");
-    one.move_to(pid, "n2");
-    drop(run);
-    assert_eq!(two.wait(pid), killed(1));
+    for away in [false, true] {
+        let run = one.run(&["python3", "-c", ECHO]);
+        let tty = one.run_tty(&["python3", "-c", ECHO], WindowSize { rows: 20, cols: 40 });
+        for (run, up) in [(run, "up\n"), (tty, "up\r\n")] {
+            let pid = run.started();
+            run.output_until(up);
+            if away {
+                one.move_to(pid, "n2");
+            }
+            drop(run);
+            assert_eq!(two.wait(pid), killed(1));
+        }
+    }
 }
