@@ -13,6 +13,7 @@ mod links;
 mod outgoing;
 mod payload;
 mod progress;
+mod second_hand;
 
 pub use incoming::raw_clocks;
 pub use outgoing::{MoveOutcome, Report, Reporter};

@@ -5,6 +5,8 @@
 
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub mod obedient;
+
 use dunlin_lab::Lab;
 use dunlin_lab::harness::{NotMoved, Run, request};
 use dunlin_proto::control::{MoveRequest, RunSpec, WaitFor};

@@ -5,6 +5,7 @@
 
 use super::payload::{self, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared, Proposal};
 use super::progress::{Times, phase};
+use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock, random};
 use crate::capture::freeze::Frozen;
 use crate::capture::{CaptureError, Met, Source, Surroundings};
@@ -23,6 +24,7 @@ use dunlin_proto::peer::{PeerReply, PeerRequest};
 use dunlin_proto::relocation::{Claim, Member};
 use dunlin_sys::procfs::ProcDir;
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
@@ -279,7 +281,6 @@ struct Outgoing<'a> {
     told: bool,
     events: Vec<SourceEvent>,
     early: Vec<SourceEvent>,
-    imaged: bool,
     tight: bool,
 }
 
@@ -332,7 +333,6 @@ impl<'a> Outgoing<'a> {
             told: false,
             events: Vec::new(),
             early: Vec::new(),
-            imaged: false,
             tight: false,
         };
         let outcome = this.go();
@@ -384,7 +384,7 @@ impl<'a> Outgoing<'a> {
                 None => self.wait(&words, machine.next_timeout()),
             };
             // A copy whose pages are few has them all before it is known here that it runs.
-            if matches!(event, SourceEvent::Drained(..)) && !self.imaged {
+            if matches!(event, SourceEvent::Drained(..)) && self.times.resumed.is_none() {
                 self.early.push(event);
                 continue;
             }
@@ -433,13 +433,11 @@ impl<'a> Outgoing<'a> {
             SourceAction::Persist(record) => {
                 let blob = postcard::to_stdvec(&record).unwrap_or_default();
                 self.mover
-                    .log("keeping a record", self.mover.nest.store(&self.label(), &[], blob));
+                    .log("keeping a record", self.mover.nest.store_soon(&self.label(), blob));
             }
             SourceAction::Forget => {
-                self.mover.log(
-                    "dropping a record",
-                    self.mover.nest.drop_label(&self.label()).map(|_| ()),
-                );
+                self.mover
+                    .log("dropping a record", self.mover.nest.drop_soon(&self.label()));
             }
             SourceAction::Freeze => {
                 self.progress(MovePhase::Freeze);
@@ -476,6 +474,7 @@ impl<'a> Outgoing<'a> {
             SourceReport::Resumed => {
                 self.tight = false;
                 self.times.resumed = Some(Instant::now());
+                self.events.append(&mut self.early);
                 self.progress(MovePhase::Resume);
                 if self.request.wait == WaitFor::Resumed {
                     self.finish_moved();
@@ -559,24 +558,30 @@ impl<'a> Outgoing<'a> {
     }
 
     fn freeze(&mut self) -> Result<(Vec<Member>, Vec<u8>), CaptureError> {
+        // Whatever can be looked up before the stop is.
+        let mover = self.mover.clone();
+        let identify = |fd: std::os::fd::BorrowedFd<'_>| mover.streams.identify(fd);
+        let around = mover.surroundings(&identify, &self.party);
+        around.look();
+        for (run, stream) in self.sources.iter().flat_map(Source::streams) {
+            mover.streams.settle(run, stream)?;
+        }
         let started = Instant::now();
-        for source in self.sources.drain(..).collect::<Vec<_>>() {
+        let mut sources = std::mem::take(&mut self.sources).into_iter();
+        while let Some(source) = sources.next() {
             match source.freeze() {
                 Ok(frozen) => {
                     self.times.frozen.get_or_insert(frozen.since);
                     self.frozen.push(frozen);
                 }
                 Err((source, error)) => {
-                    source.abandon();
+                    self.sources = std::iter::once(*source).chain(sources).collect();
                     return Err(error);
                 }
             }
         }
         self.tight = true;
         let stopped = Instant::now();
-        let mover = self.mover.clone();
-        let identify = |fd: std::os::fd::BorrowedFd<'_>| mover.streams.identify(fd);
-        let around = mover.surroundings(&identify, &self.party);
         let mut processes = Vec::new();
         let mut members = Vec::new();
         let mut frozen_all = std::mem::take(&mut self.frozen);
@@ -700,8 +705,6 @@ impl<'a> Outgoing<'a> {
     }
 
     fn make_images(&mut self) {
-        self.imaged = true;
-        self.events.append(&mut self.early);
         let to = self.plan.destination;
         for frozen in std::mem::take(&mut self.frozen) {
             let pid = frozen.source.pid;
@@ -751,6 +754,18 @@ fn regions(plan: &ProcessPlan) -> Vec<(u64, u64)> {
 impl Mover {
     fn reserve_party(&self, party: &[(Pid, i32)], id: MoveId) -> Result<(), MoveOutcome> {
         let mut busy = lock(&self.busy);
+        // A process that has just come may go on when its home knows that it is here: a matter of milliseconds.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let arriving = |busy: &BTreeMap<Pid, MoveId>| {
+            party
+                .iter()
+                .any(|(pid, _)| busy.get(pid).is_some_and(|by| by.source != self.here))
+        };
+        while arriving(&busy) && Instant::now() < deadline {
+            drop(busy);
+            std::thread::sleep(Duration::from_millis(1));
+            busy = lock(&self.busy);
+        }
         for (pid, _) in party {
             if let Some(other) = busy.get(pid) {
                 let message = format!("process {pid} is already being moved ({other})");
@@ -770,12 +785,14 @@ impl Mover {
             map,
             claims,
         } = withdrawn;
+        let second = SecondHand::new(self.nest.clone(), host.unwrap_or(0));
+        self.log("keeping a userfaultfd", second.keep(uffd.as_fd()));
         let space = NewSpace {
             pid: host,
             uffd,
             map,
             connect: self.connect(),
-            observer: Arc::new(()),
+            observer: Arc::new(second),
             claims: Some(claims),
         };
         match self.pager.adopt(space) {

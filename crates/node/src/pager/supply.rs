@@ -80,10 +80,10 @@ impl Family {
                 self.arrived(image, arrival);
             }
             // While something cannot be installed, more of the same would only pile up.
-            if self.in_hand.is_empty() {
-                if let Some(arrival) = self.take(image, Urgency::Later) {
-                    self.arrived(image, arrival);
-                }
+            if self.in_hand.is_empty()
+                && let Some(arrival) = self.take(image, Urgency::Later)
+            {
+                self.arrived(image, arrival);
             }
         }
     }
