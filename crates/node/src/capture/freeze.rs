@@ -501,9 +501,38 @@ impl LeftBehind {
             suspend_seccomp: true,
             ..Options::default()
         })?;
+        self.keep_capabilities()?;
         let at = self.foothold.syscall_at;
         let (leader, _) = self.leader.inject(at, SYS_SETRESUID, [KEEP, 0, KEEP, 0, 0, 0])?;
         Ok((leader, at, self.foothold.arena.base() + PAGE))
+    }
+}
+
+impl LeftBehind {
+    /// An exec by an ordinary user keeps the ambient capabilities alone, and what is lost here cannot be given back to
+    /// the process when it comes home: all permitted ones become ambient.
+    fn keep_capabilities(&self) -> Result<(), CaptureError> {
+        const SYS_CAPSET: i64 = 126;
+        const SYS_PRCTL: i64 = 157;
+        const PR_CAP_AMBIENT: u64 = 47;
+        const RAISE: u64 = 2;
+        const VERSION: u32 = 0x2008_0522;
+        let status = ProcDir::process(self.leader.tid()).status()?;
+        let permitted = status.capabilities[1];
+        if permitted == 0 || status.uids[..3].contains(&0) {
+            return Ok(());
+        }
+        let mut script = Script::new(&self.foothold.arena);
+        let header = script.bytes(&[VERSION.to_le_bytes(), [0; 4]].concat());
+        let sets = [permitted as u32, (permitted >> 32) as u32].map(|half| [half.to_le_bytes(); 3].concat());
+        let sets = script.bytes(&sets.concat());
+        script.attempt("capset", SYS_CAPSET, &[header.address, sets.address]);
+        for capability in (0..64).filter(|c| permitted & (1 << c) != 0) {
+            script.attempt("prctl", SYS_PRCTL, &[PR_CAP_AMBIENT, RAISE, capability, 0, 0]);
+        }
+        self.leader.set_signal_mask(SCRIPT_MASK)?;
+        let (leader, _) = script.run(Stopped::assume(self.leader.tid()))?;
+        Ok(leader.set_signal_mask(u64::MAX)?)
     }
 }
 

@@ -39,6 +39,7 @@ const PR_SET_CHILD_SUBREAPER: u64 = 36;
 const PR_SET_NO_NEW_PRIVS: u64 = 38;
 const PR_SET_THP_DISABLE: u64 = 41;
 const PR_CAP_AMBIENT: u64 = 47;
+const PR_CAP_AMBIENT_CLEAR_ALL: u64 = 4;
 
 /// Sets everything, credentials last. The blank has one thread: credentials are inherited by those made after.
 pub fn set(blank: &Blank, traits: &Traits, seccomp: &[Vec<u8>], kit: &mut Kit<'_>) -> Result<(), RestoreError> {
@@ -278,6 +279,8 @@ fn add_credentials(script: &mut Script<'_>, traits: &Traits, has: u64) {
     let keeps = u64::from(traits.securebits & KEEP_CAPS != 0);
     script.attempt("prctl", SYS_PRCTL, &[PR_SET_KEEPCAPS, keeps, 0, 0, 0]);
     script.attempt("capset", SYS_CAPSET, &[header.address, data.address]);
+    // An entry may have more of them than the process had.
+    script.attempt("prctl", SYS_PRCTL, &[PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0]);
     for capability in (0..64).filter(|c| ambient & (1 << c) != 0) {
         const RAISE: u64 = 2;
         script.attempt("prctl", SYS_PRCTL, &[PR_CAP_AMBIENT, RAISE, capability, 0, 0]);
