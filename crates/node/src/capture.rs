@@ -479,7 +479,7 @@ fn read_traits(dir: &ProcDir, status: &Status, answers: &ProcessAnswers) -> Resu
 }
 
 /// CLOCK_MONOTONIC and CLOCK_BOOTTIME as the process sees them.
-fn clocks(dir: &ProcDir) -> [i64; 2] {
+pub fn clocks(dir: &ProcDir) -> [i64; 2] {
     use rustix::time::{ClockId, clock_gettime};
     let ours = |clock| {
         let now = clock_gettime(clock);
