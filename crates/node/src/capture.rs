@@ -13,11 +13,13 @@ mod sleep;
 pub mod space;
 mod surroundings;
 mod threads;
+mod trap;
 
 pub use descriptors::Met;
-pub use sleep::{made_again, monotonic_ns};
+pub use sleep::{made_again, monotonic_ns, remember};
 pub use surroundings::Surroundings;
 pub use threads::{from_words, to_words};
+pub use trap::Trap;
 
 use crate::obstacle::{self, obstacle};
 use descriptors::Glimpse;
@@ -29,6 +31,7 @@ use dunlin_sys::inspect;
 use dunlin_sys::pagemap::{self, Query};
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::parse_timers;
+use dunlin_sys::procfs::limits;
 use dunlin_sys::procfs::maps::{Mapping, VmFlags};
 use dunlin_sys::procfs::status::Status;
 use dunlin_sys::ptrace::{Options, Registers, Running, Stop, Stopped, TraceError};
@@ -40,7 +43,6 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
-use threads::ThreadManner;
 
 /// How long a thread may take to stop before the move is refused.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
@@ -133,7 +135,8 @@ pub struct Source {
     maps_text: Vec<u8>,
     glimpses: Vec<Glimpse>,
     file_pages: BTreeMap<u64, Vec<u8>>,
-    manners: BTreeMap<i32, (Pid, ThreadManner)>,
+    /// The threads' numbers in the nest, by their numbers on this machine.
+    tids: BTreeMap<i32, Pid>,
     sleeps: Sleeps,
     nest_filters: usize,
 }
@@ -176,7 +179,9 @@ impl Source {
             _ => registers,
         };
         let filters = freeze::own_filters(&thread, status.seccomp_filters, nest_filters);
-        let asked = first_stop(thread, host, &timers);
+        let asked = Trap::look(&dir)
+            .map_err(CaptureError::from)
+            .and_then(|trap| first_stop(thread, host, &timers, trap));
         // Whatever came of it, the program must run on as it was.
         let thread = Stopped::assume(host);
         let undone = thread
@@ -201,7 +206,7 @@ impl Source {
         )?;
         let glimpses = descriptors::glimpse(&dir)?;
         let files = descriptors::read(pid, host, &glimpses, around, met, &mut obstacles)?;
-        let manners = read_manners(pid, host, &dir, &mut obstacles)?;
+        let tids = read_tids(pid, host, &dir, &mut obstacles)?;
         let pagemap = File::open(dir.path("pagemap"))?;
         if !obstacles.is_empty() {
             let error = CaptureError::Obstacles(obstacles);
@@ -238,11 +243,11 @@ impl Source {
             maps_text,
             glimpses,
             file_pages: BTreeMap::new(),
-            manners,
+            tids,
             sleeps,
             nest_filters,
         };
-        source.plan.image.threads = source.manners.values().map(|(tid, _)| placeholder(*tid)).collect();
+        source.plan.image.threads = source.tids.values().copied().map(placeholder).collect();
         source.plan.image.threads.sort_by_key(|t| (t.tid != pid, t.tid));
         source.plan.file_pages = source.read_file_pages()?;
         for run in &source.plan.file_pages {
@@ -279,6 +284,8 @@ impl Source {
             | DescriptionKind::Deleted { .. }
             | DescriptionKind::Directory(_)
             | DescriptionKind::Device(_)
+            | DescriptionKind::Kernel(_)
+            | DescriptionKind::Path(_)
             | DescriptionKind::Pipe { .. }
             | DescriptionKind::Event { .. } => None,
         };
@@ -383,13 +390,16 @@ fn first_stop(
     thread: Stopped,
     host: i32,
     timers: &[dunlin_sys::procfs::fdinfo::PosixTimer],
+    trap: Trap,
 ) -> Result<(Foothold, ProcessAnswers), CaptureError> {
     thread.set_signal_mask(SCRIPT_MASK)?;
     let (thread, foothold) = Foothold::plant(thread, host, &[])?;
     let mut script = Script::new(&foothold.arena);
     let questions = ProcessQuestions::ask(&mut script, timers);
-    let (_, answers) = script.run(thread)?;
-    let answers = questions.read(&answers);
+    let (thread, answers) = script.run(thread)?;
+    let mut answers = questions.read(&answers);
+    trap.correct(&mut answers.signals.actions);
+    trap.put_back(thread, &foothold, &answers.signals.actions)?;
     Ok((foothold, answers))
 }
 
@@ -411,14 +421,13 @@ fn give_up(host: i32, foothold: &Foothold, reason: CaptureError) -> CaptureError
     reason
 }
 
-fn read_manners(
+fn read_tids(
     pid: Pid,
     host: i32,
     dir: &ProcDir,
     obstacles: &mut Vec<Obstacle>,
-) -> Result<BTreeMap<i32, (Pid, ThreadManner)>, CaptureError> {
-    let all_cpus = inspect::affinity(0).unwrap_or_default();
-    let mut manners = BTreeMap::new();
+) -> Result<BTreeMap<i32, Pid>, CaptureError> {
+    let mut tids = BTreeMap::new();
     for tid in dir.threads()? {
         let thread = ProcDir::thread(host, tid);
         // A thread that has ended meanwhile is simply not there.
@@ -442,15 +451,14 @@ fn read_manners(
                 }
             }
         }
-        manners.insert(tid, (Pid(number), threads::manner(host, tid, &all_cpus)?));
+        tids.insert(tid, Pid(number));
     }
-    Ok(manners)
+    Ok(tids)
 }
 
 fn read_traits(dir: &ProcDir, status: &Status, answers: &ProcessAnswers) -> Result<Traits, CaptureError> {
-    let host = status.tgid;
     let path = |name: &str| dir.link(name).map(|p| p.into_os_string().into_encoded_bytes());
-    let limits: Result<Vec<_>, _> = (0..16).map(|resource| inspect::limit(host, resource)).collect();
+    let limits = limits::parse(&dir.text("limits")?).map_err(io::Error::from)?;
     Ok(Traits {
         cwd: path("cwd")?,
         root: path("root")?,
@@ -465,7 +473,7 @@ fn read_traits(dir: &ProcDir, status: &Status, answers: &ProcessAnswers) -> Resu
         dumpable: answers.dumpable,
         subreaper: answers.subreaper,
         thp_disable: answers.thp_disable,
-        limits: limits.map_err(io::Error::from)?,
+        limits,
         oom_score_adj: dir.text("oom_score_adj")?.trim().parse().unwrap_or(0),
     })
 }

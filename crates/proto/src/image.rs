@@ -234,6 +234,10 @@ pub enum DescriptionKind {
     },
     /// A directory.
     Directory(FileRef),
+    /// A file of the kernel's own, in /proc or /sys: found by its path, with nothing to compare.
+    Kernel(FileRef),
+    /// Any file, open as a path only (O_PATH).
+    Path(FileRef),
     /// A character device that is the same everywhere: null, zero, full, random, urandom.
     Device(FileRef),
     /// A standard stream of a run.

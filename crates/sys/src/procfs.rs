@@ -1,10 +1,11 @@
 //! What /proc says of one process, parsed.
 //!
-//! Owns the text formats of proc(5): maps, smaps' VmFlags, status, stat, fdinfo, timers. The parsers take text and know
+//! Owns the text formats of proc(5): maps, smaps' VmFlags, status, stat, fdinfo, limits, timers. The parsers take text and know
 //! no files, so that they are tested on texts; [`ProcDir`] opens them. Refuses to know what the values are for.
 //! Invariants: a line that does not parse is an error that names it, never a guess.
 
 pub mod fdinfo;
+pub mod limits;
 pub mod maps;
 pub mod stat;
 pub mod status;

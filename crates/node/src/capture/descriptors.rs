@@ -167,7 +167,13 @@ fn describe(
     }
     let file = file_ref(&link)?;
     if glimpse.info.flags & O_PATH != 0 {
-        return refuse("it is open as a path only (O_PATH)", "close it before the move");
+        if text.starts_with(b"/") && !text.ends_with(b" (deleted)") {
+            return Ok(Ok(DescriptionKind::Path(file)));
+        }
+        return refuse(
+            "it is open as a path only (O_PATH), and the path is gone",
+            "close it before the move",
+        );
     }
     let identify = || -> io::Result<Option<DescriptionKind>> {
         let fd = take_descriptor(host, glimpse.number)?;
@@ -202,6 +208,7 @@ fn describe(
                 bytes: contents(&link, MAX_DELETED_BYTES)?,
             }))
         }
+        0o100_000 if is_of_kernel(&link)? => Ok(Ok(DescriptionKind::Kernel(file))),
         0o100_000 => {
             let writes = glimpse.info.flags & O_ACCMODE != 0;
             let offset_matters = glimpse.info.flags & O_APPEND == 0;
@@ -231,6 +238,16 @@ fn describe(
         },
         _ => refuse("a descriptor of this kind cannot be moved", "close it before the move"),
     }
+}
+
+/// Whether a file is one of /proc or /sys: its bytes are made when it is read, and its times say nothing.
+fn is_of_kernel(link: &std::path::Path) -> io::Result<bool> {
+    const PROC_SUPER_MAGIC: i64 = 0x9fa0;
+    const SYSFS_MAGIC: i64 = 0x6265_6572;
+    Ok(matches!(
+        rustix::fs::statfs(link)?.f_type,
+        PROC_SUPER_MAGIC | SYSFS_MAGIC
+    ))
 }
 
 fn event(info: &str) -> Option<DescriptionKind> {

@@ -9,8 +9,8 @@ use super::threads::{self, FrozenThread};
 use super::{
     CaptureError, Memory, PAGE, SCRIPT_MASK, Source, descriptors, parked, read_traits, sleep, space, stop_one,
 };
-use crate::capture::Met;
 use crate::capture::Surroundings;
+use crate::capture::{Met, Trap};
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Child, DescriptionKind, Essence, Files, MappingKind, Pages, ThreadImage};
 use dunlin_sys::foothold::Foothold;
@@ -32,23 +32,25 @@ pub struct Frozen {
     pub since: Instant,
     threads: Vec<FrozenThread>,
     stopped_by: Option<i32>,
+    trap: Trap,
 }
 
 impl Source {
     /// Stops all threads. If one does not stop, all run on and the reason comes back with the source.
     pub fn freeze(mut self) -> Result<Frozen, (Box<Source>, CaptureError)> {
         match self.stop_all() {
-            Ok((threads, stopped_by, since)) => Ok(Frozen {
+            Ok((threads, stopped_by, since, trap)) => Ok(Frozen {
                 source: self,
                 since,
                 threads,
                 stopped_by,
+                trap,
             }),
             Err(error) => Err((Box::new(self), error)),
         }
     }
 
-    fn stop_all(&mut self) -> Result<(Vec<FrozenThread>, Option<i32>, Instant), CaptureError> {
+    fn stop_all(&mut self) -> Result<(Vec<FrozenThread>, Option<i32>, Instant, Trap), CaptureError> {
         let mut seen = BTreeSet::new();
         let mut running = Vec::new();
         self.seize_new(&mut seen, &mut running)?;
@@ -81,6 +83,7 @@ impl Source {
             // A thread may have been made between the look and the stop of its maker.
             self.seize_new(&mut seen, &mut running)?;
         }
+        let trap = Trap::look(&self.dir)?;
         let mut frozen = Vec::with_capacity(stopped.len());
         for thread in stopped {
             frozen.push(self.settle(thread)?);
@@ -89,7 +92,7 @@ impl Source {
         if frozen.first().is_none_or(|t| t.tid != self.pid) {
             return Err(CaptureError::Gone);
         }
-        Ok((frozen, by, since))
+        Ok((frozen, by, since, trap))
     }
 
     fn seize_new(&mut self, seen: &mut BTreeSet<i32>, running: &mut Vec<Running>) -> Result<(), CaptureError> {
@@ -131,14 +134,12 @@ impl Source {
     }
 
     fn number_of(&mut self, host_tid: i32) -> Result<Pid, CaptureError> {
-        if let Some((tid, _)) = self.manners.get(&host_tid) {
+        if let Some(tid) = self.tids.get(&host_tid) {
             return Ok(*tid);
         }
         let status = ProcDir::thread(self.host, host_tid).status()?;
         let tid = Pid(status.ns_pids.last().copied().ok_or(CaptureError::Gone)?);
-        let all_cpus = dunlin_sys::inspect::affinity(0).unwrap_or_default();
-        self.manners
-            .insert(host_tid, (tid, threads::manner(self.host, host_tid, &all_cpus)?));
+        self.tids.insert(host_tid, tid);
         Ok(tid)
     }
 
@@ -170,6 +171,7 @@ impl Frozen {
     /// Reads everything that travels inside the freeze.
     pub fn essence(&mut self, around: &Surroundings<'_>, met: &mut Vec<Met>) -> Result<Essence, CaptureError> {
         let timers = parse_timers(&self.source.dir.text("timers")?).map_err(io::Error::from)?;
+        let all_cpus = dunlin_sys::inspect::affinity(0).unwrap_or_default();
         let mut images = Vec::with_capacity(self.threads.len());
         let mut process = None;
         for index in 0..self.threads.len() {
@@ -182,16 +184,23 @@ impl Frozen {
             if let Some(more) = more {
                 process = Some(more.read(&answers));
             }
-            let manner = &self.source.manners.get(&host_tid).ok_or(CaptureError::Gone)?.1;
-            images.push(threads::image(&self.threads[index], manner, questions.read(&answers))?);
+            let manner = threads::manner(self.source.host, host_tid, &all_cpus)?;
+            images.push(threads::image(&self.threads[index], &manner, questions.read(&answers))?);
         }
-        let process = process.ok_or(CaptureError::Gone)?;
+        let mut process = process.ok_or(CaptureError::Gone)?;
+        self.trap.correct(&mut process.signals.actions);
+        self.source
+            .plan
+            .image
+            .signals
+            .actions
+            .clone_from(&process.signals.actions);
         let status = self.source.dir.status()?;
         let leader = Stopped::assume(self.source.host);
         let mut signals = process.signals.clone();
         signals.pending = leader.pending_signals(true)?.into_iter().map(|s| s.to_vec()).collect();
         for (timer, host) in signals.timers.iter_mut().zip(&process.timer_threads) {
-            timer.thread = self.source.manners.get(host).map(|(tid, _)| *tid);
+            timer.thread = self.source.tids.get(host).copied();
         }
         let mut obstacles = Vec::new();
         let space = self.space_now(process.brk, &mut obstacles)?;
@@ -359,9 +368,12 @@ impl Frozen {
 
     /// Lets the process run on where it was.
     pub fn thaw(self) -> Result<(), CaptureError> {
-        let Frozen { source, threads, .. } = self;
+        let Frozen {
+            source, threads, trap, ..
+        } = self;
         let leader = Stopped::assume(source.host);
         leader.set_signal_mask(SCRIPT_MASK)?;
+        let leader = trap.put_back(leader, &source.foothold, &source.plan.image.signals.actions)?;
         source.foothold.uproot(leader)?;
         for thread in &threads {
             thread.thread.set_registers(&thread.registers)?;

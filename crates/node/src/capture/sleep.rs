@@ -14,6 +14,7 @@ use rustix::time::{ClockId, clock_gettime};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, PoisonError};
 
 const ERESTART_RESTARTBLOCK: i64 = -516;
 const EINTR: i64 = -4;
@@ -35,18 +36,26 @@ pub struct Before {
     cpu: u32,
 }
 
-/// What is known of a sleep from an earlier stop in the same move: it went on by restart_syscall(2) since.
+/// A sleep that goes on by restart_syscall(2), because it was interrupted before: by an earlier stop of this move, by a
+/// move that was given up, by the move that brought the process here.
 #[derive(Debug, Clone, Copy)]
-struct Earlier {
+struct Known {
     number: i64,
     ends_ns: u64,
+    /// Where it goes on, and its arguments: another call of the same thread differs in one of them, or was not
+    /// interrupted yet and says itself what it is.
+    place: (u64, [u64; 6]),
 }
+
+/// Known sleeps, by the thread's number on this machine. The kernel tells nobody which call a restarted one was.
+static KNOWN: Mutex<BTreeMap<i32, Known>> = Mutex::new(BTreeMap::new());
+/// Above this many, those of threads that have ended are forgotten.
+const MAX_KNOWN: usize = 4096;
 
 /// The sleeps of one process, from stop to stop.
 #[derive(Debug, Default)]
 pub struct Sleeps {
     before: BTreeMap<i32, Before>,
-    earlier: BTreeMap<i32, Earlier>,
     /// CLOCK_MONOTONIC minus the scheduler's clock, by CPU.
     offsets: BTreeMap<u32, i64>,
 }
@@ -62,25 +71,20 @@ impl Sleeps {
     /// What a stopped thread sleeps in, if it does.
     pub fn find(&mut self, process: i32, tid: i32, registers: &Registers, memory: &File) -> Option<Sleep> {
         if registers.rax as i64 != ERESTART_RESTARTBLOCK {
-            self.earlier.remove(&tid);
             return None;
         }
         let now = monotonic_ns();
-        let arguments = [
-            registers.rdi,
-            registers.rsi,
-            registers.rdx,
-            registers.r10,
-            registers.r8,
-            registers.r9,
-        ];
-        let (number, ends_ns) = match (registers.orig_rax as i64, self.earlier.get(&tid)) {
-            (SYS_RESTART, Some(earlier)) => (earlier.number, earlier.ends_ns),
-            // Some other tracer stopped it before us; which call it was is lost. As long as possible is safest.
-            (SYS_RESTART, None) => (SYS_RESTART, now),
+        let arguments = arguments_of(registers);
+        let (number, ends_ns) = match (registers.orig_rax as i64, known(tid, registers)) {
+            (SYS_RESTART, Some(known)) => (known.number, known.ends_ns),
+            // Somebody else interrupted it before us (SIGSTOP, a debugger): as long as possible is safest.
+            (SYS_RESTART, None) => {
+                let number = number_in_code(registers.rip, memory).unwrap_or(SYS_RESTART);
+                (number, self.ends(process, tid, number, arguments, now, memory))
+            }
             (number, _) => (number, self.ends(process, tid, number, arguments, now, memory)),
         };
-        self.earlier.insert(tid, Earlier { number, ends_ns });
+        remember(tid, registers, number, ends_ns);
         Some(Sleep {
             number,
             arguments,
@@ -148,6 +152,36 @@ impl Sleeps {
         self.offsets.insert(cpu, offset);
         Some(offset)
     }
+}
+
+fn arguments_of(registers: &Registers) -> [u64; 6] {
+    let r = registers;
+    [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9]
+}
+
+fn known(tid: i32, registers: &Registers) -> Option<Known> {
+    let known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner).get(&tid).copied();
+    known.filter(|k| k.place == (registers.rip, arguments_of(registers)))
+}
+
+/// Notes that a thread, when it runs on with these registers, goes on with a sleep by restart_syscall(2).
+pub fn remember(tid: i32, registers: &Registers, number: i64, ends_ns: u64) {
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if known.len() > MAX_KNOWN {
+        known.retain(|tid, _| ProcDir::process(*tid).path("stat").exists());
+    }
+    let place = (registers.rip, arguments_of(registers));
+    known.insert(tid, Known { number, ends_ns, place });
+}
+
+/// The call's number where the code before it is as compilers write it: `mov eax, NUMBER; syscall`.
+fn number_in_code(rip: u64, memory: &File) -> Option<i64> {
+    let mut code = [0u8; 7];
+    memory.read_exact_at(&mut code, rip.checked_sub(7)?).ok()?;
+    let [0xb8, a, b, c, d, 0x0f, 0x05] = code else {
+        return None;
+    };
+    Some(i64::from(i32::from_le_bytes([a, b, c, d])))
 }
 
 /// Registers with which a call that the stop itself ended is made again.

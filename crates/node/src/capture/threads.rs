@@ -98,7 +98,8 @@ pub fn from_words(words: &[u64]) -> Option<Registers> {
     })
 }
 
-/// The parts of a thread that are read from outside and rarely change; read before the freeze.
+/// The parts of a thread that are read from outside. Any thread may change those of another at any time: they are read
+/// in the freeze.
 pub struct ThreadManner {
     comm: Vec<u8>,
     schedule: [i64; 4],

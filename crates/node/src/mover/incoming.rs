@@ -340,6 +340,9 @@ impl Incoming {
             self.with_kit(|this, kit| this.blanks[index].load(&process.essence, kit))?;
             self.make_children(index, &process)?;
             self.adopt(index, &process)?;
+            self.blanks[index]
+                .complete(&process.essence)
+                .map_err(|e| e.to_string())?;
             self.verify(index, &process)?;
             self.frozen.push(process);
         }

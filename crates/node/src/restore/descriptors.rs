@@ -13,6 +13,7 @@ use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Description, DescriptionKind, FileRef, Files};
 use dunlin_sys::script::Script;
 use rustix::fs::{Mode, OFlags, ResolveFlags, SeekFrom, openat2, seek};
+use std::collections::btree_map::Entry;
 use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -38,7 +39,7 @@ pub fn install_all(blank: &Blank, files: &Files, kit: &mut Kit<'_>) -> Result<()
     let pid = blank.pid;
     let mut obstacles = Vec::new();
     for description in &files.descriptions {
-        if kit.common.descriptions.contains_key(&description.key) {
+        if kit.common.descriptions.contains_key(&description.key) || is_path(description) {
             continue;
         }
         match make(pid, description, kit)? {
@@ -53,7 +54,11 @@ pub fn install_all(blank: &Blank, files: &Files, kit: &mut Kit<'_>) -> Result<()
     }
     let mut wanted = Vec::with_capacity(files.table.len());
     for descriptor in &files.table {
-        let key = files.descriptions[descriptor.description as usize].key;
+        let description = &files.descriptions[descriptor.description as usize];
+        if is_path(description) {
+            continue;
+        }
+        let key = description.key;
         let fd = kit.common.descriptions.get(&key).map(OwnedFd::try_clone);
         let fd = fd
             .ok_or(RestoreError::Unsound {
@@ -68,6 +73,62 @@ pub fn install_all(blank: &Blank, files: &Files, kit: &mut Kit<'_>) -> Result<()
         });
     }
     install(pid, pid, blank.leader(), blank.foothold.syscall_at, wanted, kit)?;
+    open_paths(blank, files, kit)
+}
+
+fn is_path(description: &Description) -> bool {
+    matches!(description.kind, DescriptionKind::Path(_))
+}
+
+/// Paths that are open as such: the kernel does not let them be installed (SECCOMP_IOCTL_NOTIF_ADDFD takes no O_PATH
+/// descriptor), so the process opens them itself.
+fn open_paths(blank: &Blank, files: &Files, kit: &Kit<'_>) -> Result<(), RestoreError> {
+    const SYS_CLOSE: i64 = 3;
+    const SYS_OPENAT: i64 = 257;
+    const SYS_DUP3: i64 = 292;
+    const AT_FDCWD: u64 = -100i64 as u64;
+    const S_IFMT: u32 = 0o170_000;
+    let (pid, close_on_exec) = (blank.pid, OFlags::CLOEXEC.bits());
+    let above = files.table.iter().map(|d| d.number + 1).max().unwrap_or(0) as u64;
+    for (index, description) in files.descriptions.iter().enumerate() {
+        let DescriptionKind::Path(file) = &description.kind else {
+            continue;
+        };
+        let flags = OFlags::from_bits_retain(description.flags);
+        let looked = openat2(
+            kit.root.as_fd(),
+            relative(&file.path),
+            flags | OFlags::CLOEXEC,
+            Mode::empty(),
+            ResolveFlags::IN_ROOT,
+        );
+        let refusal = match looked.and_then(rustix::fs::fstat) {
+            Ok(stat) if stat.st_mode & S_IFMT == file.mode & S_IFMT => None,
+            Ok(_) => Some(FileError::Differs("its type")),
+            Err(error) => Some(FileError::Open(error.into())),
+        };
+        if let Some(error) = refusal {
+            return Err(RestoreError::Obstacles(vec![missing(pid, file, &error)]));
+        }
+        let mut script = Script::new(&blank.foothold.arena);
+        let path = script.text(&file.path);
+        let flags = u64::from(description.flags | close_on_exec);
+        let opened = script.call("openat", SYS_OPENAT, &[AT_FDCWD, path.address, flags]);
+        let (_, answers) = script.run(blank.leader()).during(pid, "opening a path")?;
+        let opened = answers.of(opened) as u64;
+        let mut script = Script::new(&blank.foothold.arena);
+        // Out of the way first: its number may be one that is wanted.
+        if opened != above {
+            script.call("dup3", SYS_DUP3, &[opened, above, u64::from(close_on_exec)]);
+            script.call("close", SYS_CLOSE, &[opened]);
+        }
+        for descriptor in files.table.iter().filter(|d| d.description as usize == index) {
+            let flags = if descriptor.close_on_exec { close_on_exec } else { 0 };
+            script.call("dup3", SYS_DUP3, &[above, descriptor.number as u64, u64::from(flags)]);
+        }
+        script.call("close", SYS_CLOSE, &[above]);
+        blank.run(blank.host, script, "opening a path")?;
+    }
     Ok(())
 }
 
@@ -118,6 +179,9 @@ fn same_but_offset(a: &Description, b: &Description) -> bool {
         // A file that is being written changes its size and time all the while.
         (DescriptionKind::File(a), DescriptionKind::File(b)) => a.path == b.path && a.inode == b.inode,
         (DescriptionKind::Directory(a), DescriptionKind::Directory(b)) => a.path == b.path && a.inode == b.inode,
+        // The inodes of /proc are made and forgotten as it pleases the kernel.
+        (DescriptionKind::Kernel(a), DescriptionKind::Kernel(b)) => a.path == b.path,
+        (DescriptionKind::Path(a), DescriptionKind::Path(b)) => a.path == b.path && a.inode == b.inode,
         (a, b) => a == b,
     };
     kinds && a.flags == b.flags
@@ -139,7 +203,13 @@ fn make(pid: Pid, description: &Description, kit: &mut Kit<'_>) -> Result<Result
             };
             open(file, how, kit)
         }
-        DescriptionKind::Directory(file) | DescriptionKind::Device(file) => {
+        DescriptionKind::Path(_) => {
+            return Err(RestoreError::Unsound {
+                pid,
+                why: "a path is opened by the process itself",
+            });
+        }
+        DescriptionKind::Directory(file) | DescriptionKind::Device(file) | DescriptionKind::Kernel(file) => {
             match openat2(
                 kit.root.as_fd(),
                 relative(&file.path),
@@ -202,11 +272,15 @@ fn relative(path: &[u8]) -> &Path {
 /// Puts the offset where it was, for what has one.
 fn place(fd: &OwnedFd, description: &Description) -> io::Result<()> {
     match description.kind {
-        DescriptionKind::File(_) | DescriptionKind::Directory(_) | DescriptionKind::Deleted { .. } => {
+        DescriptionKind::File(_)
+        | DescriptionKind::Directory(_)
+        | DescriptionKind::Kernel(_)
+        | DescriptionKind::Deleted { .. } => {
             seek(fd, SeekFrom::Start(description.position))?;
             Ok(())
         }
         DescriptionKind::Device(_)
+        | DescriptionKind::Path(_)
         | DescriptionKind::Stream { .. }
         | DescriptionKind::Pipe { .. }
         | DescriptionKind::Event { .. } => Ok(()),
@@ -251,13 +325,13 @@ fn pipe_end(
     flags: OFlags,
 ) -> io::Result<OwnedFd> {
     use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
-    if !kit.common.pipes.contains_key(&number) {
-        let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
-        fcntl_setpipe_size(&write, capacity as usize)?;
-        kit.common.pipes.insert(number, (read, write));
-    }
-    let Some((reading, writing)) = kit.common.pipes.get(&number) else {
-        return Err(io::ErrorKind::NotFound.into());
+    let (reading, writing) = match kit.common.pipes.entry(number) {
+        Entry::Occupied(made) => made.into_mut(),
+        Entry::Vacant(place) => {
+            let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
+            fcntl_setpipe_size(&write, capacity as usize)?;
+            place.insert((read, write))
+        }
     };
     if !bytes.is_empty() {
         let mut writing = std::fs::File::from(writing.try_clone()?);

@@ -75,6 +75,9 @@ pub fn set_timers(blank: &Blank, signals: &Signals) -> Result<(), RestoreError> 
         if *value == 0 && *interval == 0 {
             continue;
         }
+        // While its signal is pending, the kernel shows a periodic ITIMER_REAL with nothing left, and sets it going again
+        // when the signal is taken. Set to nothing here, it would be off.
+        let value = if which == 0 && *value == 0 { interval } else { value };
         let words = [
             interval / 1_000_000,
             interval % 1_000_000,

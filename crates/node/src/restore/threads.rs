@@ -4,7 +4,7 @@
 //! OS thread until [`resume`] lets go of all of them.
 
 use super::{Blank, During, Kit, RestoreError, mappings, signals, sleeper};
-use crate::capture::{SCRIPT_MASK, from_words};
+use crate::capture::{SCRIPT_MASK, Trap, from_words, monotonic_ns, remember};
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Essence, ThreadImage};
 use dunlin_sys::inspect;
@@ -94,9 +94,8 @@ pub fn load(blank: &mut Blank, essence: &Essence, kit: &Kit<'_>) -> Result<(), R
         if length != 0 {
             script.call("set_robust_list", SYS_SET_ROBUST_LIST, &[head, length]);
         }
-        if let Some([area, length, signature]) = thread.rseq {
-            // Its page is among the hot ones: the kernel writes to it at once.
-            script.call("rseq", SYS_RSEQ, &[area, length, 0, signature]);
+        if thread.rseq.is_some_and(|area| is_here(essence, area)) {
+            add_rseq(&mut script, thread);
         }
         if thread.parent_death_signal != 0 {
             script.attempt(
@@ -116,8 +115,11 @@ pub fn load(blank: &mut Blank, essence: &Essence, kit: &Kit<'_>) -> Result<(), R
     for thread in &essence.threads {
         if let Some(sleep) = &thread.sleep {
             let host = host_of(blank, thread)?;
+            let ends_ns = monotonic_ns() + sleep.remaining_ns;
             if let Some(answer) = sleeper::fall_asleep(blank, host, sleep)? {
                 blank.slept.insert(host, answer);
+            } else if let Some(registers) = from_words(&thread.registers) {
+                remember(host, &registers, sleep.number, ends_ns);
             }
         }
     }
@@ -137,6 +139,34 @@ pub fn load(blank: &mut Blank, essence: &Essence, kit: &Kit<'_>) -> Result<(), R
             .during(pid, "setting the extended state")?;
     }
     Ok(())
+}
+
+/// Registers the rseq areas whose pages did not come with the essence (they were elsewhere themselves): the kernel reads
+/// and writes there at once, so that the pager must serve by now.
+pub fn register_rest(blank: &Blank, essence: &Essence) -> Result<(), RestoreError> {
+    for thread in &essence.threads {
+        if thread.rseq.is_some_and(|area| !is_here(essence, area)) {
+            tracing::debug!(tid = %thread.tid, "an rseq area comes by demand");
+            let mut script = Script::new(&blank.foothold.arena);
+            add_rseq(&mut script, thread);
+            blank.run(host_of(blank, thread)?, script, "registering its rseq area")?;
+        }
+    }
+    Ok(())
+}
+
+fn is_here(essence: &Essence, [area, length, _]: [u64; 3]) -> bool {
+    let holds = |address: u64| {
+        let mut runs = essence.hot_pages.iter().chain(&essence.file_pages);
+        runs.any(|run| (run.address..run.address + run.bytes.len() as u64).contains(&address))
+    };
+    holds(area) && holds(area + length.saturating_sub(1))
+}
+
+fn add_rseq(script: &mut Script<'_>, thread: &ThreadImage) {
+    if let Some([area, length, signature]) = thread.rseq {
+        script.call("rseq", SYS_RSEQ, &[area, length, 0, signature]);
+    }
 }
 
 /// Scheduling, affinity and the like, set from outside.
@@ -161,10 +191,11 @@ fn manner(blank: &Blank, host: i32, thread: &ThreadImage) -> Result<(), RestoreE
 /// The last stores, then all threads run.
 pub fn resume(blank: &Blank, essence: &Essence) -> Result<(), RestoreError> {
     let pid = blank.pid;
-    let leader = blank
-        .foothold
-        .uproot(blank.leader())
-        .during(pid, "taking the loop out")?;
+    let actions = &essence.signals.actions;
+    let leader = Trap::of(actions)
+        .put_back(blank.leader(), &blank.foothold, actions)
+        .during(pid, "setting the action of SIGTRAP")?;
+    let leader = blank.foothold.uproot(leader).during(pid, "taking the loop out")?;
     for thread in &essence.threads {
         let stopped = Stopped::assume(host_of(blank, thread)?);
         stopped

@@ -8,8 +8,7 @@ use super::{Blank, During, Kit, RestoreError};
 use crate::install::Wanted;
 use crate::obstacle::obstacle;
 use dunlin_proto::image::{Essence, Traits};
-use dunlin_sys::inspect;
-use dunlin_sys::procfs::ProcDir;
+use dunlin_sys::procfs::{ProcDir, limits};
 use dunlin_sys::script::Script;
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use std::ffi::OsStr;
@@ -28,6 +27,7 @@ const SYS_SETFSGID: i64 = 123;
 const SYS_PERSONALITY: i64 = 135;
 const SYS_PRCTL: i64 = 157;
 const SYS_CHROOT: i64 = 161;
+const SYS_PRLIMIT: i64 = 302;
 const SYS_SECCOMP: i64 = 317;
 const SYS_CLOSE: i64 = 3;
 const PR_SET_DUMPABLE: u64 = 4;
@@ -55,9 +55,11 @@ pub fn set(blank: &Blank, traits: &Traits, seccomp: &[Vec<u8>], kit: &mut Kit<'_
         SYS_PRCTL,
         &[PR_SET_THP_DISABLE, u64::from(traits.thp_disable), 0, 0, 0],
     );
+    // Before the credentials: afterwards a limit can only be lowered.
+    add_limits(blank, &mut script, traits)?;
     add_credentials(&mut script, traits);
     blank.run(blank.host, script, "setting credentials")?;
-    set_limits(blank, traits)?;
+    verify_limits(blank, traits)?;
     let mut script = Script::new(&blank.foothold.arena);
     if traits.no_new_privs {
         script.call("prctl", SYS_PRCTL, &[PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0]);
@@ -112,11 +114,12 @@ pub fn correct(blank: &mut Blank, essence: &Essence, kit: &mut Kit<'_>) -> Resul
     if new.dumpable <= 1 {
         script.call("prctl", SYS_PRCTL, &[PR_SET_DUMPABLE, u64::from(new.dumpable), 0, 0, 0]);
     }
+    add_limits(blank, &mut script, new)?;
     blank.run(blank.host, script, "correcting traits")?;
+    verify_limits(blank, new)?;
     if old.cwd != new.cwd {
         set_directories(blank, new, kit)?;
     }
-    set_limits(blank, new)?;
     blank.image.traits = new.clone();
     Ok(())
 }
@@ -174,25 +177,49 @@ fn set_directories(blank: &Blank, traits: &Traits, kit: &Kit<'_>) -> Result<(), 
     Ok(())
 }
 
-fn set_limits(blank: &Blank, traits: &Traits) -> Result<(), RestoreError> {
-    for (resource, limit) in (0u32..).zip(&traits.limits) {
-        if inspect::limit(blank.host, resource).during(blank.pid, "reading limits")? == *limit {
-            continue;
-        }
-        inspect::set_limit(blank.host, resource, *limit).map_err(|errno| {
-            RestoreError::Obstacles(vec![obstacle(
+/// The process sets its limits itself: for another one's prlimit(2) wants CAP_SYS_RESOURCE.
+fn add_limits(blank: &Blank, script: &mut Script<'_>, traits: &Traits) -> Result<(), RestoreError> {
+    let now = limits_of(blank)?;
+    for (resource, (limit, _)) in (0u64..)
+        .zip(traits.limits.iter().zip(&now))
+        .filter(|(_, (a, b))| a != b)
+    {
+        let words = script.bytes(&[limit.0, limit.1].map(u64::to_le_bytes).concat());
+        script.attempt("prlimit", SYS_PRLIMIT, &[0, resource, words.address, 0]);
+    }
+    Ok(())
+}
+
+fn verify_limits(blank: &Blank, traits: &Traits) -> Result<(), RestoreError> {
+    let now = limits_of(blank)?;
+    let wrong = (0u64..)
+        .zip(traits.limits.iter().zip(&now))
+        .filter(|(_, (wanted, has))| wanted != has)
+        .map(|(resource, (wanted, has))| {
+            obstacle(
                 blank.pid,
                 "permission",
                 format_args!("resource limit {resource}"),
                 format!(
-                    "it cannot be raised to {}:{} on the destination: {errno}",
-                    limit.0, limit.1
+                    "it cannot be set to {}:{} on the destination, where it is {}:{}",
+                    wanted.0, wanted.1, has.0, has.1
                 ),
                 "give the daemon CAP_SYS_RESOURCE, or start it with higher limits",
-            )])
-        })?;
+            )
+        })
+        .collect::<Vec<_>>();
+    if wrong.is_empty() {
+        Ok(())
+    } else {
+        Err(RestoreError::Obstacles(wrong))
     }
-    Ok(())
+}
+
+fn limits_of(blank: &Blank) -> Result<Vec<(u64, u64)>, RestoreError> {
+    let text = ProcDir::process(blank.host)
+        .text("limits")
+        .during(blank.pid, "reading limits")?;
+    limits::parse(&text).during(blank.pid, "reading limits")
 }
 
 fn add_credentials(script: &mut Script<'_>, traits: &Traits) {

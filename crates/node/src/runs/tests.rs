@@ -11,8 +11,10 @@ use std::process::{Child, Command};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
+type Kept = (Vec<OwnedFd>, Vec<u8>);
+
 #[derive(Default)]
-struct Shelf(Mutex<BTreeMap<String, (Vec<OwnedFd>, Vec<u8>)>>);
+struct Shelf(Mutex<BTreeMap<String, Kept>>);
 
 impl Keeper for Shelf {
     fn keep(&self, label: &str, fds: &[BorrowedFd<'_>], bytes: Vec<u8>) -> io::Result<()> {

@@ -6,12 +6,13 @@
 mod cluster;
 mod fixture;
 mod life;
+mod moves;
+#[path = "../runner/mod.rs"]
+mod runner;
 mod runs;
 
-use std::panic::catch_unwind;
+use runner::Test;
 use std::process::ExitCode;
-
-type Test = (&'static str, fn());
 
 fn main() -> ExitCode {
     let mut args: Vec<_> = std::env::args_os().skip(1).collect();
@@ -24,34 +25,6 @@ fn main() -> ExitCode {
         Some("ask") => return fixture::ask_role(&args[1..]),
         _ => {}
     }
-    let tests: Vec<Test> = [runs::TESTS, life::TESTS, cluster::TESTS].concat();
-    let has = |flag: &str| args.iter().any(|a| a == flag);
-    if has("--list") {
-        if !has("--ignored") {
-            tests.iter().for_each(|(name, _)| println!("{name}: test"));
-        }
-        return ExitCode::SUCCESS;
-    }
-    let filters: Vec<&String> = args.iter().filter(|a| !a.starts_with('-')).collect();
-    let chosen = |name: &str, filter: &str| {
-        if has("--exact") {
-            name == filter
-        } else {
-            name.contains(filter)
-        }
-    };
-    let wanted = |name: &str| filters.is_empty() || filters.iter().any(|f| chosen(name, f));
-    let (mut failed, mut ran) = (0, 0);
-    for (name, test) in tests.into_iter().filter(|(name, _)| wanted(name)) {
-        ran += 1;
-        let ok = catch_unwind(test).is_ok();
-        failed += usize::from(!ok);
-        println!("test {name} ... {}", if ok { "ok" } else { "FAILED" });
-    }
-    println!("\ntest result: {ran} run, {failed} failed");
-    if failed == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    let tests: Vec<Test> = [runs::TESTS, life::TESTS, cluster::TESTS, moves::TESTS].concat();
+    runner::run(&tests, &args)
 }
