@@ -400,8 +400,6 @@ impl Frozen {
         const SYS_CLOSE_RANGE: i64 = 436;
         const SYS_CLONE: i64 = 56;
         const CLONE_VM: u64 = 0x100;
-        let Frozen { source, threads, .. } = self;
-        const SIGCHLD: u64 = 17;
         const SYS_SETITIMER: i64 = 38;
         /// SIGALRM, SIGVTALRM, SIGPROF.
         const ITIMER_SIGNALS: [i32; 3] = [14, 26, 27];

@@ -15,8 +15,9 @@ use crate::page_server::NewImage;
 use crate::pager::{NewSpace, Withdrawn};
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::home::HomeEvent;
-use dunlin_cluster::relocation::source::{Plan, SourceAction, SourceEvent, SourceMove, SourceRecord, SourceReport};
-use dunlin_cluster::relocation::source::{Plan, SourceAction, SourceEvent, SourceMove, SourceReport, WhyNot};
+use dunlin_cluster::relocation::source::{
+    Plan, SourceAction, SourceEvent, SourceMove, SourceRecord, SourceReport, WhyNot,
+};
 use dunlin_proto::control::{
     Failure, FailureKind, MoveMode, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, WaitFor,
 };
