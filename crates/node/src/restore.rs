@@ -1,4 +1,4 @@
-//! Restore: a blank becomes the process that a [`Plan`] and an [`Essence`] describe.
+//! Restore: a blank becomes the process that a [`Plan`] and an [`Essence`](dunlin_proto::image::Essence) describe.
 //!
 //! Owns the destination's side of a move as far as the process itself is concerned. Refuses to know nodes, connections
 //! and decisions. A *blank* is a process of the nest that already has the right PID, parent, group and session and runs
