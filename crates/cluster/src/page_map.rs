@@ -568,7 +568,7 @@ fn end_of(start: u64, pages: u64) -> Result<u64, MapError> {
     const LIMIT: u64 = 1 << 57;
     let end = pages.checked_mul(PAGE).and_then(|len| len.checked_add(start));
     match end {
-        Some(end) if start % PAGE == 0 && pages > 0 && end <= LIMIT => Ok(end),
+        Some(end) if start.is_multiple_of(PAGE) && pages > 0 && end <= LIMIT => Ok(end),
         _ => Err(MapError::NotPages(start, pages)),
     }
 }

@@ -6,6 +6,7 @@
 use crate::control::Connection;
 use crate::down::down;
 use crate::layout::Layout;
+use crate::processes::Identity;
 use crate::up::Options;
 use dunlin_proto::control::{ExitStatus, Failure, MoveReport, MoveRequest, Obstacle, ProcessRow, Reply, Request};
 use dunlin_proto::control::{MoveMode, RunSpec, WaitFor};
@@ -202,6 +203,46 @@ impl Lab {
             Reply::Verdict(obstacles) => obstacles,
             other => panic!("can-move {pid}: {other:?}"),
         }
+    }
+
+    /// Sends a signal to a node's daemon; after SIGKILL, waits until it is gone.
+    #[track_caller]
+    pub fn signal_daemon(&self, node: &str, signal: i32) {
+        let file = self.layout.node_dir(node).join("daemon.pid");
+        let text = std::fs::read_to_string(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+        let pid = text.split_ascii_whitespace().next().and_then(|n| n.parse().ok());
+        let pid: i32 = pid.unwrap_or_else(|| panic!("{}: {text}", file.display()));
+        let daemon = Identity::of(pid).unwrap_or_else(|| panic!("{node} has no daemon"));
+        let process = rustix::process::Pid::from_raw(pid).expect("a PID");
+        let signal = rustix::process::Signal::from_named_raw(signal).expect("a signal");
+        rustix::process::kill_process(process, signal).unwrap_or_else(|e| panic!("daemon {pid}: {e}"));
+        while signal == rustix::process::Signal::KILL && daemon.is_alive() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Starts a node's daemon again, in its namespace, and waits until it answers and sees its peers.
+    #[track_caller]
+    pub fn start_daemon(&self, node: &str) {
+        let started = crate::up::start_again(&self.layout, &self.program, node);
+        let mut child = started.unwrap_or_else(|e| panic!("the daemon of {node}: {e}"));
+        let socket = self.layout.control_socket(node);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let ready = crate::control::status(&socket, Duration::from_secs(2));
+            if ready.as_ref().is_ok_and(|s| s.peers.iter().all(|(_, seen)| *seen)) {
+                break;
+            }
+            let ended = child.try_wait().expect("a child can be asked for");
+            assert!(ended.is_none(), "the daemon of {node} ended: {ended:?}");
+            assert!(
+                Instant::now() < deadline,
+                "the daemon of {node} is not ready: {ready:?}"
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // Reaped whenever it ends.
+        std::thread::spawn(move || child.wait());
     }
 
     /// Sends a signal to a process, wherever it is.

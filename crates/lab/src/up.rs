@@ -116,7 +116,7 @@ fn make(layout: &Layout, options: &Options) -> Result<Record, (LabError, Daemons
         links::make(layout, &record.nodes)?;
         for node in &mut record.nodes {
             let group = cgroup::of_daemon(&mount, layout.name.as_str(), &node.name);
-            let child = start(layout, options, &node.name, &group)?;
+            let child = start(layout, &options.program, &node.name, &group)?;
             node.daemon = Identity::of(child.id() as i32);
             daemons.push((node.name.clone(), child));
         }
@@ -129,8 +129,15 @@ fn make(layout: &Layout, options: &Options) -> Result<Record, (LabError, Daemons
     }
 }
 
+/// Starts the daemon of a node that has lost its own, as [`up`] did; what is left of the node is the daemon's to find.
+pub fn start_again(layout: &Layout, program: &Path, node: &str) -> Result<Child, LabError> {
+    let mount = cgroup::mount()?;
+    let group = cgroup::of_daemon(&mount, layout.name.as_str(), node);
+    start(layout, program, node, &group)
+}
+
 /// Starts a node's daemon, so that it depends on nothing of the caller: session, group, directory, descriptors.
-fn start(layout: &Layout, options: &Options, node: &str, group: &Path) -> Result<Child, LabError> {
+fn start(layout: &Layout, program: &Path, node: &str, group: &Path) -> Result<Child, LabError> {
     let path = layout.daemon_log(node);
     let log = File::options()
         .create(true)
@@ -138,7 +145,7 @@ fn start(layout: &Layout, options: &Options, node: &str, group: &Path) -> Result
         .open(&path)
         .map_err(LabError::io("open", &path))?;
     let errors = log.try_clone().map_err(LabError::io("open", &path))?;
-    let mut command = Command::new(&options.program);
+    let mut command = Command::new(program);
     command
         .arg("node")
         .arg("--config")

@@ -16,7 +16,7 @@ mod threads;
 mod trap;
 
 pub use descriptors::Met;
-pub use sleep::{monotonic_ns, remember};
+pub use sleep::{made_again, monotonic_ns, remember};
 pub use surroundings::Surroundings;
 pub use threads::{from_words, to_words};
 pub use trap::Trap;

@@ -6,7 +6,7 @@
 //! Invariants: at most one daemon serves a state directory; a daemon that ends, in whatever way, leaves the nest and
 //! everything in it as they are, and the next one takes them up; it is ready when its control socket answers.
 
-mod events;
+pub(crate) mod events;
 mod inbound;
 pub mod moving;
 pub mod node;
@@ -44,6 +44,8 @@ use std::time::Duration;
 
 /// How long a daemon that ends waits for output that is on its way.
 const FINISH_WITHIN: Duration = Duration::from_secs(1);
+/// How long PID 1's word on a run that ended without a daemon is waited for.
+const WORD_WITHIN: Duration = Duration::from_secs(3);
 
 /// Why a daemon does not, or no longer, serve.
 #[derive(Debug, thiserror::Error)]
@@ -196,11 +198,12 @@ fn assemble(
     // Does not keep the node alive: a call to oneself is not answered by a node that has ended.
     let answer: Arc<dyn Answer> = Arc::new(inbound::NodeAnswer(Arc::downgrade(&node)));
     node.peers.set_own(answer);
-    node.runs.restore(|pid, uid| lives(&node, pid, uid))?;
+    let runs = node.runs.restore()?;
     let started = Workers::start(&node)?;
     if workers.set(started.clone()).is_err() {
         return Err(io::Error::other("the workers are started once"));
     }
+    bury_later(&node, runs)?;
     let weak = Arc::downgrade(&node);
     thread::Builder::new().name("nest".into()).spawn(move || {
         if events::take(&weak, &started, &nest_events) {
@@ -211,13 +214,22 @@ fn assemble(
     Ok(node)
 }
 
-/// Has a run of a former daemon not ended? If it has, how is not known until PID 1 says so.
-fn lives(node: &Node, pid: Pid, uid: u32) -> bool {
-    let lives = node.nest.host_pid(pid).is_ok_and(|found| found.is_some());
-    if !lives {
-        node.exits.record(pid, ExitStatus::Unknown, uid);
-    }
-    lives
+/// Runs of a former daemon may have ended without one: PID 1 says how, as soon as it is listened to. If it does not,
+/// they have ended nevertheless.
+fn bury_later(node: &Arc<Node>, runs: Vec<Pid>) -> io::Result<()> {
+    let gone = |node: &Node, pid: &Pid| node.nest.host_pid(*pid).is_ok_and(|found| found.is_none());
+    let silent: Vec<Pid> = runs.into_iter().filter(|pid| gone(node, pid)).collect();
+    let node = Arc::downgrade(node);
+    let bury = move || {
+        thread::sleep(WORD_WITHIN);
+        let Some(node) = node.upgrade() else { return };
+        for pid in silent {
+            if let Some(run) = node.runs.of(pid).filter(|_| gone(&node, &pid)) {
+                events::run_ended(&node, &run, pid, ExitStatus::Unknown);
+            }
+        }
+    };
+    thread::Builder::new().name("bury".into()).spawn(bury).map(drop)
 }
 
 /// The nest, as runs need it.

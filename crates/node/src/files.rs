@@ -77,7 +77,7 @@ pub fn open_same(
     } else {
         relative
     };
-    let flags = flags - (OFlags::CREATE | OFlags::EXCL | OFlags::TRUNC) | OFlags::CLOEXEC | OFlags::NOCTTY;
+    let flags = (flags - (OFlags::CREATE | OFlags::EXCL | OFlags::TRUNC)) | OFlags::CLOEXEC | OFlags::NOCTTY;
     let opened =
         openat2(root, relative, flags, Mode::empty(), ResolveFlags::IN_ROOT).map_err(|e| FileError::Open(e.into()))?;
     let is_shared = shared.iter().any(|s| path.starts_with(s));

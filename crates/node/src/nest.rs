@@ -283,6 +283,22 @@ impl Nest {
         }
     }
 
+    /// Sends a process a signal with this payload, whose sender it keeps: to a signal from outside the nest the kernel gives
+    /// the sender 0. `false`: there is no such process.
+    pub fn signal(&self, pid: Pid, signal: i32, info: &[u8; 128]) -> io::Result<bool> {
+        let info = info.to_vec();
+        match self
+            .0
+            .connection
+            .ask(Request::Signal { pid, signal, info }, &[])?
+            .answer
+        {
+            Answer::Done => Ok(true),
+            Answer::Absent => Ok(false),
+            other => Err(unexpected(other)),
+        }
+    }
+
     /// Keeps everybody else from making tasks until the guard ends; the next one made gets this number. EEXIST: the
     /// number is in use. Must not be asked for by a thread that has a guard already ([`SteerGuard::aim`] is for that).
     pub fn steer(&self, pid: Pid) -> io::Result<SteerGuard<'_>> {
@@ -342,6 +358,35 @@ impl Nest {
         let label = label.to_owned();
         let reply = self.0.connection.ask(Request::Store { label, blob }, fds)?;
         expect_done(reply.answer)
+    }
+
+    /// Like [`Nest::reserve`], without waiting for the answer: whatever is asked of init later comes after it.
+    pub fn reserve_soon(&self, pids: &[Pid]) -> io::Result<()> {
+        self.0.connection.tell(Request::Reserve(pids.to_vec()), &[])
+    }
+
+    /// Like [`Nest::release`], without waiting for the answer.
+    pub fn release_soon(&self, pids: &[Pid]) -> io::Result<()> {
+        self.0.connection.tell(Request::Release(pids.to_vec()), &[])
+    }
+
+    /// Like [`Nest::store`], without waiting for the answer: for records that must outlive this daemon and are made while
+    /// a process is frozen. What was told before is kept before.
+    pub fn store_soon(&self, label: &str, blob: Vec<u8>) -> io::Result<()> {
+        let label = label.to_owned();
+        self.0.connection.tell(Request::Store { label, blob }, &[])
+    }
+
+    /// Like [`Nest::store_soon`], with descriptors.
+    pub fn store_with(&self, label: &str, fds: &[BorrowedFd<'_>], blob: Vec<u8>) -> io::Result<()> {
+        let label = label.to_owned();
+        self.0.connection.tell(Request::Store { label, blob }, fds)
+    }
+
+    /// Like [`Nest::drop_label`], without waiting for the answer.
+    pub fn drop_soon(&self, label: &str) -> io::Result<()> {
+        let label = label.to_owned();
+        self.0.connection.tell(Request::Drop { label }, &[])
     }
 
     /// Copies of what init keeps under a label.

@@ -28,6 +28,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
 
@@ -72,6 +73,7 @@ pub struct Run {
     owner: Owner,
     sort: Sort,
     streams: Arc<Streams>,
+    abandoned: AtomicBool,
 }
 
 impl Run {
@@ -131,7 +133,7 @@ impl Runs {
 
     /// Is it neither over nor abandoned?
     pub fn is_live(&self, run: &Run) -> bool {
-        self.lock().runs.contains_key(&run.id.nonce)
+        !run.abandoned.load(Ordering::Acquire) && self.lock().runs.contains_key(&run.id.nonce)
     }
 
     /// Makes the streams of a run and starts it by `spawn`, which is given its descriptors 0, 1 and 2. Its caller is
@@ -171,6 +173,7 @@ impl Runs {
             owner,
             sort,
             streams,
+            abandoned: AtomicBool::new(false),
         });
         self.lock().runs.insert(id.nonce, run.clone());
         let started = self.wire(&run, wiring).map_err(E::from).and_then(spawn);
@@ -232,10 +235,12 @@ impl Runs {
         }
     }
 
-    /// The caller of a run is gone: nobody reads or writes its streams any more.
+    /// The caller of a run is gone: nobody reads or writes its streams any more. It is a run until its process ends.
     pub fn abandon(&self, run: &Run) {
+        run.abandoned.store(true, Ordering::Release);
         run.streams.outbox().close();
-        self.end(run, None);
+        run.streams.close();
+        self.forget(&record::run_label(run.id));
     }
 
     fn end(&self, run: &Run, last: Option<Reply>) {
@@ -404,12 +409,12 @@ impl Runs {
         }
     }
 
-    /// Takes up what the nest kept for a daemon before this one. `lives`: is the process of this user still there, or
-    /// away from here, but not ended?
-    pub fn restore(&self, lives: impl Fn(Pid, u32) -> bool) -> io::Result<()> {
+    /// Takes up what the nest kept for a daemon before this one; the top processes of its runs. Some may have ended
+    /// meanwhile: [`Runs::ended`] is still to be called for them.
+    pub fn restore(&self) -> io::Result<Vec<Pid>> {
         for label in self.keeper.labels()? {
             let restored = match record::parse_label(&label) {
-                Some(record::Label::Run(nonce)) => self.restore_run(nonce, &label, &lives),
+                Some(record::Label::Run(nonce)) => self.restore_run(nonce, &label),
                 Some(record::Label::Relay) => self.restore_relay(&label),
                 None => continue,
             };
@@ -418,10 +423,10 @@ impl Runs {
                 self.forget(&label);
             }
         }
-        Ok(())
+        Ok(self.lock().runs.values().filter_map(|r| r.pid()).collect())
     }
 
-    fn restore_run(&self, nonce: u64, label: &str, lives: &impl Fn(Pid, u32) -> bool) -> io::Result<()> {
+    fn restore_run(&self, nonce: u64, label: &str) -> io::Result<()> {
         let Some((fds, bytes)) = self.keeper.kept(label)? else {
             return Ok(());
         };
@@ -449,13 +454,10 @@ impl Runs {
             owner,
             sort: record.sort,
             streams,
+            abandoned: AtomicBool::new(false),
         });
         run.streams.set_top(record.pid);
-        self.lock().runs.insert(nonce, run.clone());
-        if !lives(record.pid, record.uid) {
-            run.streams.drain();
-            self.end(&run, None);
-        }
+        self.lock().runs.insert(nonce, run);
         Ok(())
     }
 
@@ -550,6 +552,12 @@ impl Dial for RelayDial {
         match self.0.upgrade() {
             Some(runs) => (runs.dial)(open),
             None => Err(crate::peers::PeerError::Unknown(open.stream.run.origin)),
+        }
+    }
+
+    fn input_ended(&self, relay: u64) {
+        if let Some(runs) = self.0.upgrade() {
+            runs.forget(&record::relay_label(relay));
         }
     }
 

@@ -96,9 +96,17 @@ fn deliver_to(
         let message = format!("process {pid} is another user's");
         return PeerReply::Failed(failure(FailureKind::Forbidden, message, Some("ask root")));
     }
-    match pidfd::send(&process, signal, info) {
-        Ok(()) => PeerReply::Done,
-        Err(e) if e.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => PeerReply::Failed(no_process(pid)),
+    let sent = match info {
+        // By PID 1: a signal from outside the nest has no sender. It goes by number, as kill(2) does.
+        Some(info) if signal != 0 => node.nest.signal(pid, signal, info),
+        Some(_) | None => match pidfd::send(&process, signal, None) {
+            Err(e) if e.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => Ok(false),
+            sent => sent.map(|()| true),
+        },
+    };
+    match sent {
+        Ok(true) => PeerReply::Done,
+        Ok(false) => PeerReply::Failed(no_process(pid)),
         Err(e) => PeerReply::Failed(failure(
             FailureKind::Other,
             format!("signal {signal} to process {pid}: {e}"),

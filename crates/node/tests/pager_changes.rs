@@ -342,6 +342,79 @@ fn guard_pages_that_came_with_the_move_stay_guards() {
     assert!(hand.peek(BASE + 50 * PAGE).is_err());
 }
 
+#[test]
+fn a_forked_child_is_found_by_its_pid() {
+    let stage = stage();
+    let pids: Vec<i32> = (1..4).map(|slot| stage.program.hand(0).fork(slot).unwrap()).collect();
+    let children = stage.observed.children.lock().unwrap().clone();
+    assert!(children.iter().all(|c| c.pid().is_none()));
+    assert_eq!(
+        stage.pager.space_of(stage.program.pid(), LONG).unwrap().id(),
+        stage.space.id()
+    );
+    // Nothing arrives, so nothing can be told apart.
+    assert!(
+        stage
+            .pager
+            .space_of(pids[0], std::time::Duration::from_millis(1))
+            .is_none()
+    );
+    let pager = stage.pager.clone();
+    std::thread::scope(|scope| {
+        let wanted: Vec<_> = pids
+            .iter()
+            .map(|pid| scope.spawn(|| pager.space_of(*pid, LONG)))
+            .collect();
+        // Let them ask before everything is over.
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        stage.holder.set_down(false);
+        for (thread, child) in wanted.into_iter().zip(&children) {
+            let found = thread.join().unwrap().expect("it is one of them");
+            assert_eq!(found.id(), child.id());
+        }
+    });
+    stage.drain();
+    assert!(stage.pager.space_of(pids[0], LONG).is_none());
+}
+
+#[test]
+fn an_executed_program_is_not_withdrawn() {
+    let stage = stage();
+    stage.program.hand(0).exec().unwrap();
+    assert_eq!(stage.space.withdraw().err(), Some(Finish::Gone));
+}
+
+#[test]
+fn what_grew_unseen_is_unwatched_though_somebody_holds_the_descriptor() {
+    let source = filled(&REGION, 5);
+    let holder = Holder::new(1);
+    let (image, _unused) = holder.register(&source, &REGION);
+    let (program, uffd) = watched(&REGION);
+    let second = uffd.try_clone().unwrap();
+    let space = adopt(&Pager::new(), &program, uffd, map_of(&REGION, image), &[&holder]);
+    program
+        .hand(0)
+        .remap(BASE, 600 * PAGE, 700 * PAGE, None, false)
+        .unwrap();
+    assert_eq!(space.wait_finished(LONG), Some(Finish::Drained));
+    assert_eq!(program.hand(0).peek(BASE + 650 * PAGE).unwrap(), 0);
+    drop(second);
+}
+
+#[test]
+fn an_image_that_nothing_is_wanted_from_is_released() {
+    let source = filled(&REGION, 5);
+    let holder = Holder::new(1);
+    let (image, unused) = holder.register(&source, &REGION);
+    let (program, uffd) = watched(&REGION);
+    let mut map = map_of(&REGION, image);
+    // Everything came with the essence.
+    map.settle(BASE, 600);
+    let space = adopt(&Pager::new(), &program, uffd, map, &[&holder]);
+    assert_eq!(space.wait_finished(LONG), Some(Finish::Drained));
+    assert_eq!(unused.recv_timeout(LONG).unwrap(), image);
+}
+
 /// Numbers of madvise(2).
 mod libc_madv {
     pub const DONTNEED: i32 = 4;

@@ -19,19 +19,24 @@ fn broken_connections_are_made_again_and_the_program_only_waits() {
     let (program, uffd) = watched(&REGION);
     let space = adopt(&Pager::new(), &program, uffd, map_of(&REGION, image), &[&holder]);
     program.hand(0).start_verify(BASE, PAGES * PAGE, 5, 0).unwrap();
-    for round in 0..20 {
-        holder.set_down(round % 3 == 0);
-        holder.cut();
+    let mut breaks = 0;
+    while space.progress().finished.is_none() {
         let before = space.progress();
-        // Down for long enough to be tried again; then up until something has come.
-        while holder.connects.load(std::sync::atomic::Ordering::Relaxed) < round {
+        let connects = || holder.connects.load(std::sync::atomic::Ordering::Relaxed);
+        let tried = connects();
+        holder.set_down(breaks % 3 == 0);
+        holder.cut();
+        breaks += 1;
+        // Down until it has been tried again; then up until something has come.
+        while connects() == tried && space.progress().finished.is_none() {
             std::thread::yield_now();
         }
         holder.set_down(false);
-        while space.progress().pages_left == before.pages_left && before.pages_left > 0 {
+        while space.progress().pages_left == before.pages_left && space.progress().finished.is_none() {
             std::thread::yield_now();
         }
     }
+    assert!(breaks >= 2, "all came before anything broke: {breaks}");
     assert_eq!(program.hand(0).finish().unwrap(), -1);
     assert_eq!(space.wait_finished(LONG), Some(Finish::Drained));
     assert_eq!(unused.recv_timeout(LONG).unwrap(), image);

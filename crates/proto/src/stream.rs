@@ -85,6 +85,8 @@ pub struct StreamOpen {
     pub relay: u64,
     /// Input bytes that the relay has received so far.
     pub received: u64,
+    /// Output bytes of it that an origin has passed on so far, for an origin whose daemon has been restarted.
+    pub acked: u64,
 }
 
 /// One frame of a stream's connection.

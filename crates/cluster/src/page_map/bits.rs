@@ -102,7 +102,7 @@ impl Bits {
     /// Cuts at `at` and returns what was from there on.
     pub(super) fn split_off(&mut self, at: u64) -> Bits {
         let mut rest = Bits::empty(self.len - at);
-        if at % CHUNK == 0 {
+        if at.is_multiple_of(CHUNK) {
             rest.chunks = self.chunks.split_off((at / CHUNK) as usize);
         } else {
             for (first, many) in self.runs_from(at).collect::<Vec<_>>() {
@@ -202,7 +202,7 @@ impl Bits {
         let (mut at, to, mut changed) = (from, to.min(self.len), 0);
         while at < to {
             let end = ((at / CHUNK + 1) * CHUNK).min(self.len);
-            if at % CHUNK == 0 && to >= end {
+            if at.is_multiple_of(CHUNK) && to >= end {
                 let old = std::mem::replace(
                     &mut self.chunks[(at / CHUNK) as usize],
                     if on { Chunk::Full } else { Chunk::Empty },

@@ -146,10 +146,12 @@ fn run(seed: u64) {
                 let kept = (source + rng.below(50) * PAGE, source + (50 + rng.below(20)) * PAGE);
                 map.keep_only(image(nonce), source, to, &[kept]);
                 for place in model.pages.values_mut() {
-                    if let Some((i, s, _)) = *place {
-                        if i == image(nonce) && (source..to).contains(&s) && !(kept.0..kept.1).contains(&s) {
-                            *place = None;
-                        }
+                    if let Some((i, s, _)) = *place
+                        && i == image(nonce)
+                        && (source..to).contains(&s)
+                        && !(kept.0..kept.1).contains(&s)
+                    {
+                        *place = None;
                     }
                 }
             }

@@ -5,6 +5,7 @@
 //! more input than it was granted is such a caller.
 
 use super::Identity;
+use crate::daemon::events::run_ended;
 use crate::daemon::node::{Node, failure};
 use crate::nest::{SpawnError, SpawnSpec};
 use crate::runs::{Owner, Run, Wiring};
@@ -93,9 +94,9 @@ fn start(
     let run = run.map_err(|e| not_started(&e))?;
     // Its end may have been told before it was known to be a run's.
     if let Some(pid) = run.pid()
-        && let Some(ended) = node.exits.ended(pid).filter(|e| e.number > before)
+        && let Some(status) = node.exits.reaped_after(pid, before)
     {
-        node.runs.ended(pid, ended.status);
+        run_ended(node, &run, pid, status);
     }
     Ok(run)
 }

@@ -6,7 +6,9 @@
 use super::Node;
 use crate::nest::NestEvent;
 use crate::processes::exits::{self, Ended};
+use crate::runs::Run;
 use crate::signals;
+use dunlin_proto::control::ExitStatus;
 use dunlin_proto::ids::Pid;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Weak};
@@ -75,13 +77,17 @@ pub fn take(node: &Weak<Node>, workers: &Workers, events: &Receiver<NestEvent>) 
 
 fn reaped(node: &Arc<Node>, pid: Pid, status: i32) {
     let status = exits::decode(status);
-    match node.runs.of(pid) {
-        Some(run) => {
-            node.exits.record(pid, status, run.owner().uid);
-            node.runs.ended(pid, status);
-        }
-        None => node.exits.reaped(pid, status),
+    // In this order: a run whose start is not finished looks for its end after it is known as one.
+    node.exits.reaped(pid, status);
+    if let Some(run) = node.runs.of(pid) {
+        run_ended(node, &run, pid, status);
     }
+}
+
+/// The top process of a run has ended. Once more does no harm.
+pub fn run_ended(node: &Node, run: &Run, pid: Pid, status: ExitStatus) {
+    node.exits.record(pid, status, run.owner().uid);
+    node.runs.ended(pid, status);
 }
 
 fn work(node: &Weak<Node>, jobs: &Receiver<Job>) {

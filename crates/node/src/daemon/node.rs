@@ -19,10 +19,14 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// How long `ps` and `status` wait for a silent node.
 const LOOK_WITHIN: Duration = Duration::from_millis(1500);
+/// How long PID 1 may take to tell the end of a run, and how often it is looked for.
+const WORD_WITHIN: Duration = Duration::from_secs(4);
+const WORD_AFTER: Duration = Duration::from_millis(5);
 
 /// A daemon's parts.
 pub struct Node {
@@ -89,12 +93,22 @@ impl Node {
         match self.mover.whereabouts(pid) {
             Whereabouts::EachNodesOwn => Ok(Place::Nowhere),
             Whereabouts::Known(place) if place.node() != self.slot => Ok(Place::At(place.node())),
-            Whereabouts::Known(_) => Ok(self.exits.ended(pid).map_or(Place::Nowhere, |e| Place::Ended {
-                status: e.status,
-                uid: e.uid,
-            })),
+            Whereabouts::Known(_) => Ok(self.ended_here(pid)),
             Whereabouts::AskHome { home, .. } => self.ask_home(home, pid),
         }
+    }
+
+    /// What is known of a process that should be here and is not.
+    fn ended_here(&self, pid: Pid) -> Place {
+        // A run's end is known when PID 1 has told it, which may be a moment after the kernel has forgotten the process.
+        let deadline = Instant::now() + WORD_WITHIN;
+        while self.runs.of(pid).is_some() && Instant::now() < deadline {
+            thread::sleep(WORD_AFTER);
+        }
+        self.exits.ended(pid).map_or(Place::Nowhere, |e| Place::Ended {
+            status: e.status,
+            uid: e.uid,
+        })
     }
 
     fn ask_home(&self, home: Slot, pid: Pid) -> Result<Place, Failure> {

@@ -10,10 +10,10 @@ use super::surrogates::Surrogates;
 use super::{launch, steer::Steering};
 use crate::nest::wire::{self, Answer, Event, FromInit, Request, ToInit};
 use dunlin_proto::ids::Pid;
-use dunlin_sys::fdpass;
 use dunlin_sys::seccomp::Listener;
 use dunlin_sys::sigwait::SignalFd;
 use dunlin_sys::spawn;
+use dunlin_sys::{fdpass, pidfd};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
@@ -303,6 +303,7 @@ impl Server {
                 Err(e) if e.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => Answer::Absent.into(),
                 Err(e) => failed(format!("pidfd_open({pid})"), &e).into(),
             },
+            Request::Signal { pid, signal, info } => self.signal(pid, signal, &info).into(),
             Request::HostPid(pid) => Outcome {
                 claim: Some(pid.0),
                 ..Answer::Done.into()
@@ -331,6 +332,18 @@ impl Server {
                 false => Answer::Absent.into(),
             },
             Request::List => Answer::Labels(self.store.labels()).into(),
+        }
+    }
+
+    fn signal(&self, pid: Pid, signal: i32, info: &[u8]) -> Answer {
+        let Ok(info) = <&[u8; 128]>::try_from(info) else {
+            return failed("a signal with half a siginfo", &Errno::INVAL.into());
+        };
+        let sent = spawn::pidfd_open(pid.0, false, self.cookie).and_then(|fd| pidfd::send(fd, signal, Some(info)));
+        match sent {
+            Ok(()) => Answer::Done,
+            Err(e) if e.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => Answer::Absent,
+            Err(e) => failed(format!("sending signal {signal} to {pid}"), &e),
         }
     }
 

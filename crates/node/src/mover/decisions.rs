@@ -7,6 +7,7 @@ use super::{Mover, lock};
 use crate::nest::Nest;
 use dunlin_cluster::relocation::home::{Durable, HomeAction, HomeEvent, Ledger};
 use dunlin_cluster::relocation::outbox::OutboxAction;
+use dunlin_cluster::table::Row;
 use dunlin_proto::control::ExitStatus;
 use dunlin_proto::ids::{Incarnation, Pid, Slot};
 use dunlin_proto::relocation::{Ending, Notice};
@@ -65,8 +66,8 @@ impl Mover {
             match action {
                 HomeAction::Send { to, msg } => self.send(to, msg),
                 HomeAction::Persist(durables) => self.persist_ledger(&durables),
-                HomeAction::Reserve(pids) => self.log("reserving PIDs", self.nest.reserve(&pids)),
-                HomeAction::Release(pids) => self.log("releasing PIDs", self.nest.release(&pids)),
+                HomeAction::Reserve(pids) => self.log("reserving PIDs", self.nest.reserve_soon(&pids)),
+                HomeAction::Release(pids) => self.log("releasing PIDs", self.nest.release_soon(&pids)),
                 HomeAction::EndSurrogate(pid, ending) => self.end_departed(pid, status_of(ending)),
                 HomeAction::TableFull(change) => {
                     tracing::error!(pid = %change.pid, "the process table is full: ids that are in use elsewhere may be given out again");
@@ -86,14 +87,11 @@ impl Mover {
                     let blob = postcard::to_stdvec(&(to, notice)).unwrap_or_default();
                     self.log(
                         "keeping a notice",
-                        self.nest.store(&notice_label(to, &notice), &[], blob),
+                        self.nest.store_soon(&notice_label(to, &notice), blob),
                     );
                 }
                 OutboxAction::Forget(to, notice) => {
-                    self.log(
-                        "dropping a notice",
-                        self.nest.drop_label(&notice_label(to, &notice)).map(|_| ()),
-                    );
+                    self.log("dropping a notice", self.nest.drop_soon(&notice_label(to, &notice)));
                 }
             }
         }
@@ -151,8 +149,12 @@ impl Mover {
         // is half-written is completed by the repetition of the question.
         for durable in durables {
             let label = format!("{LEDGER}{}", label_of(durable));
+            if let Durable::MoveForgotten(_) | Durable::Row(Row::Absent(_)) = durable {
+                self.log("dropping a decision", self.nest.drop_soon(&label));
+                continue;
+            }
             let blob = postcard::to_stdvec(&vec![durable]).unwrap_or_default();
-            self.log("keeping a decision", self.nest.store(&label, &[], blob));
+            self.log("keeping a decision", self.nest.store_soon(&label, blob));
         }
     }
 
@@ -179,7 +181,6 @@ fn notice_label(to: Slot, notice: &Notice) -> String {
 }
 
 fn label_of(durable: &Durable) -> String {
-    use dunlin_cluster::table::Row;
     match durable {
         Durable::Row(Row::Entry(pid, _) | Row::Grave(pid, _) | Row::Absent(pid)) => format!("row/{pid}"),
         Durable::Move(record) => format!("move/{}", record.move_id),

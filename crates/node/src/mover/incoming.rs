@@ -5,6 +5,7 @@
 
 use super::arrivals::Arrival;
 use super::payload::{self, Frozen, FrozenProcess, Prepare, Prepared, Proposal};
+use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock};
 use crate::obstacle::obstacle;
 use crate::pager::{NewSpace, SpaceHandle};
@@ -23,7 +24,7 @@ use dunlin_proto::relocation::Member;
 use dunlin_sys::ptrace::Options;
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -37,6 +38,7 @@ impl Mover {
         let thread = std::thread::Builder::new().name("arrival".into()).spawn(move || {
             let machine = DestinationMove::start(mover.here, Limits::default(), id, home, proposal);
             Incoming::new(mover.clone(), id).go(machine, &words);
+            lock(&mover.busy).retain(|_, by| *by != id);
             lock(&mover.destinations).remove(&id);
         });
         if let Err(error) = thread {
@@ -206,13 +208,11 @@ impl Incoming {
             DestinationAction::Persist(record) => {
                 let blob = postcard::to_stdvec(&record).unwrap_or_default();
                 self.mover
-                    .log("keeping a record", self.mover.nest.store(&self.label(), &[], blob));
+                    .log("keeping a record", self.mover.nest.store_soon(&self.label(), blob));
             }
             DestinationAction::Forget => {
-                self.mover.log(
-                    "dropping a record",
-                    self.mover.nest.drop_label(&self.label()).map(|_| ()),
-                );
+                self.mover
+                    .log("dropping a record", self.mover.nest.drop_soon(&self.label()));
             }
             DestinationAction::Resume => self.resume(),
             DestinationAction::Destroy => self.destroy(),
@@ -371,12 +371,16 @@ impl Incoming {
         let blank = &self.blanks[index];
         let (uffd, regions) = blank.pages().map_err(|e| e.to_string())?;
         let map = page_map(process, &regions, image).map_err(|e| e.to_string())?;
+        let second = SecondHand::new(self.mover.nest.clone(), blank.host);
+        second
+            .keep(uffd.as_fd())
+            .map_err(|e| format!("init could not take its userfaultfd: {e}"))?;
         let space = NewSpace {
             pid: Some(blank.host),
             uffd,
             map,
             connect: self.mover.connect(),
-            observer: Arc::new(()),
+            observer: Arc::new(second),
             claims: None,
         };
         match self.mover.pager.adopt(space) {
@@ -469,6 +473,7 @@ impl Incoming {
                 verified_pages: self.verified.get(&pid).copied(),
             },
         );
+        lock(&mover.busy).insert(pid, self.id);
         mover.hidden.remove(pid);
         match mover.nest.pidfd(pid) {
             Ok(Some(pidfd)) => {
@@ -489,13 +494,12 @@ impl Incoming {
                 let restored = self.mover.entries.stand_again(blank);
                 self.mover.log("making a surrogate stand again", restored);
             } else {
+                // Its end is nobody's: the surrogate of its parent will tell of it.
+                self.mover.hidden.insert(pid, HiddenKind::Leaving);
                 blank.destroy();
-                self.mover.hidden.remove(pid);
             }
         }
-        for relatives in std::mem::take(&mut self.relatives) {
-            self.mover.release_relatives(&relatives);
-        }
+        self.relatives.clear();
         self.spaces.clear();
         self.common = Common::default();
     }

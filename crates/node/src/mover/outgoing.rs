@@ -5,6 +5,7 @@
 
 use super::payload::{self, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared, Proposal};
 use super::progress::{Times, phase};
+use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock, random};
 use crate::capture::freeze::Frozen;
 use crate::capture::{CaptureError, Met, Source, Surroundings};
@@ -13,16 +14,17 @@ use crate::page_server::NewImage;
 use crate::pager::{NewSpace, Withdrawn};
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::home::HomeEvent;
-use dunlin_cluster::relocation::source::{Plan, SourceAction, SourceEvent, SourceMove, SourceReport};
+use dunlin_cluster::relocation::source::{Plan, SourceAction, SourceEvent, SourceMove, SourceReport, WhyNot};
 use dunlin_proto::control::{
-    Failure, FailureKind, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, WaitFor,
+    Failure, FailureKind, MoveMode, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, WaitFor,
 };
 use dunlin_proto::ids::{ImageId, MoveId, Pid, Slot};
 use dunlin_proto::image::{Lineage, MappingKind, Plan as ProcessPlan};
 use dunlin_proto::peer::{PeerReply, PeerRequest};
-use dunlin_proto::relocation::{Claim, Member};
+use dunlin_proto::relocation::{Claim, LeaseRefusal, Member};
 use dunlin_sys::procfs::ProcDir;
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
@@ -171,7 +173,7 @@ impl Mover {
     }
 
     /// All processes of the nest: host numbers and PIDs.
-    fn neighbours(&self) -> Vec<(i32, Pid)> {
+    pub(super) fn neighbours(&self) -> Vec<(i32, Pid)> {
         let mut found = Vec::new();
         let mut queue = vec![self.nest.init_pid()];
         while let Some(host) = queue.pop() {
@@ -279,7 +281,6 @@ struct Outgoing<'a> {
     told: bool,
     events: Vec<SourceEvent>,
     early: Vec<SourceEvent>,
-    imaged: bool,
     tight: bool,
 }
 
@@ -301,6 +302,11 @@ impl<'a> Outgoing<'a> {
                 None,
             ))
         })?;
+        if request.mode != MoveMode::Demand {
+            let message = format!("process {pid} was not moved: only --mode demand exists so far; it runs on here");
+            let hint = Some("leave --mode away; dirty tracking for precopy and hybrid is in `node::dirty`, unused yet");
+            return Err(MoveOutcome::Failed(failure(FailureKind::Invalid, message, hint)));
+        }
         if to == mover.here {
             let message = format!("process {pid} is on {} already", request.to);
             return Err(MoveOutcome::Failed(failure(FailureKind::Invalid, message, None)));
@@ -332,7 +338,6 @@ impl<'a> Outgoing<'a> {
             told: false,
             events: Vec::new(),
             early: Vec::new(),
-            imaged: false,
             tight: false,
         };
         let outcome = this.go();
@@ -384,7 +389,7 @@ impl<'a> Outgoing<'a> {
                 None => self.wait(&words, machine.next_timeout()),
             };
             // A copy whose pages are few has them all before it is known here that it runs.
-            if matches!(event, SourceEvent::Drained(..)) && !self.imaged {
+            if matches!(event, SourceEvent::Drained(..)) && self.times.resumed.is_none() {
                 self.early.push(event);
                 continue;
             }
@@ -433,13 +438,11 @@ impl<'a> Outgoing<'a> {
             SourceAction::Persist(record) => {
                 let blob = postcard::to_stdvec(&record).unwrap_or_default();
                 self.mover
-                    .log("keeping a record", self.mover.nest.store(&self.label(), &[], blob));
+                    .log("keeping a record", self.mover.nest.store_soon(&self.label(), blob));
             }
             SourceAction::Forget => {
-                self.mover.log(
-                    "dropping a record",
-                    self.mover.nest.drop_label(&self.label()).map(|_| ()),
-                );
+                self.mover
+                    .log("dropping a record", self.mover.nest.drop_soon(&self.label()));
             }
             SourceAction::Freeze => {
                 self.progress(MovePhase::Freeze);
@@ -465,6 +468,14 @@ impl<'a> Outgoing<'a> {
     fn reported(&mut self, report: SourceReport) -> Result<(), MoveOutcome> {
         match report {
             SourceReport::Failed(why) => {
+                // An abort that this node has not heard of: known now, so that the next attempt is leased.
+                if let WhyNot::NotLeased(LeaseRefusal::Incarnation { pid, actual }) = &why {
+                    let claim = Claim {
+                        pid: *pid,
+                        incarnation: *actual,
+                    };
+                    self.mover.decide(HomeEvent::Raise(vec![claim]));
+                }
                 self.sources.drain(..).for_each(Source::abandon);
                 let message = format!(
                     "process {} was not moved: {why}; it runs on {}",
@@ -476,6 +487,7 @@ impl<'a> Outgoing<'a> {
             SourceReport::Resumed => {
                 self.tight = false;
                 self.times.resumed = Some(Instant::now());
+                self.events.append(&mut self.early);
                 self.progress(MovePhase::Resume);
                 if self.request.wait == WaitFor::Resumed {
                     self.finish_moved();
@@ -559,24 +571,30 @@ impl<'a> Outgoing<'a> {
     }
 
     fn freeze(&mut self) -> Result<(Vec<Member>, Vec<u8>), CaptureError> {
+        // Whatever can be looked up before the stop is.
+        let mover = self.mover.clone();
+        let identify = |fd: std::os::fd::BorrowedFd<'_>| mover.streams.identify(fd);
+        let around = mover.surroundings(&identify, &self.party);
+        around.look();
+        for (run, stream) in self.sources.iter().flat_map(Source::streams) {
+            mover.streams.settle(run, stream)?;
+        }
         let started = Instant::now();
-        for source in self.sources.drain(..).collect::<Vec<_>>() {
+        let mut sources = std::mem::take(&mut self.sources).into_iter();
+        while let Some(source) = sources.next() {
             match source.freeze() {
                 Ok(frozen) => {
                     self.times.frozen.get_or_insert(frozen.since);
                     self.frozen.push(frozen);
                 }
                 Err((source, error)) => {
-                    source.abandon();
+                    self.sources = std::iter::once(*source).chain(sources).collect();
                     return Err(error);
                 }
             }
         }
         self.tight = true;
         let stopped = Instant::now();
-        let mover = self.mover.clone();
-        let identify = |fd: std::os::fd::BorrowedFd<'_>| mover.streams.identify(fd);
-        let around = mover.surroundings(&identify, &self.party);
         let mut processes = Vec::new();
         let mut members = Vec::new();
         let mut frozen_all = std::mem::take(&mut self.frozen);
@@ -653,6 +671,9 @@ impl<'a> Outgoing<'a> {
                 .into_iter()
                 .filter(|id| *id != pid && id.0 > 100),
         );
+        // A child that has ended and is not yet waited for keeps its number.
+        let ended = essence.lineage.children.iter().filter(|child| child.ended.is_some());
+        ids.extend(ended.map(|child| child.pid));
         ids.sort_unstable();
         ids.dedup();
         let left_by = images.iter().map(|(_, by)| *by).collect();
@@ -700,14 +721,13 @@ impl<'a> Outgoing<'a> {
     }
 
     fn make_images(&mut self) {
-        self.imaged = true;
-        self.events.append(&mut self.early);
         let to = self.plan.destination;
+        let leaving: Vec<i32> = self.party.iter().map(|(_, host)| *host).collect();
         for frozen in std::mem::take(&mut self.frozen) {
             let pid = frozen.source.pid;
             let streams = frozen.source.streams();
             self.mover.exits.left(pid);
-            match self.mover.leave_behind(frozen) {
+            match self.mover.leave_behind(frozen, &leaving) {
                 Ok(keeper) => {
                     self.keepers.insert(pid, keeper);
                 }
@@ -715,24 +735,21 @@ impl<'a> Outgoing<'a> {
             }
             self.mover.streams.departed(pid, &streams, to);
             self.mover.residents.remove(pid);
-            if let Some(arrival) = self.mover.arrivals.remove(pid) {
-                self.mover.release_relatives(&arrival.relatives);
-            }
+            self.mover.arrivals.remove(pid);
             // The new node has claimed the older images by now, or will be told of them by its own map.
             if let Some(withdrawn) = self.withdrawn.remove(&pid) {
                 self.mover.hand_over(withdrawn);
             }
         }
+        self.mover.sweep();
     }
 
     fn forget_image(&mut self, pid: Pid) {
         if let Some(image) = self.images.get(&pid) {
             self.mover.images.remove(*image);
         }
-        if let Some(keeper) = self.keepers.remove(&pid)
-            && let Some(keeper) = rustix::process::Pid::from_raw(keeper)
-        {
-            let _ = rustix::process::kill_process(keeper, rustix::process::Signal::KILL);
+        if let Some(keeper) = self.keepers.remove(&pid) {
+            self.mover.end_keeper(keeper);
         }
     }
 }
@@ -751,6 +768,18 @@ fn regions(plan: &ProcessPlan) -> Vec<(u64, u64)> {
 impl Mover {
     fn reserve_party(&self, party: &[(Pid, i32)], id: MoveId) -> Result<(), MoveOutcome> {
         let mut busy = lock(&self.busy);
+        // A process that has just come may go on when its home knows that it is here: a matter of milliseconds.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let arriving = |busy: &BTreeMap<Pid, MoveId>| {
+            party
+                .iter()
+                .any(|(pid, _)| busy.get(pid).is_some_and(|by| by.source != self.here))
+        };
+        while arriving(&busy) && Instant::now() < deadline {
+            drop(busy);
+            std::thread::sleep(Duration::from_millis(1));
+            busy = lock(&self.busy);
+        }
         for (pid, _) in party {
             if let Some(other) = busy.get(pid) {
                 let message = format!("process {pid} is already being moved ({other})");
@@ -770,12 +799,14 @@ impl Mover {
             map,
             claims,
         } = withdrawn;
+        let second = SecondHand::new(self.nest.clone(), host.unwrap_or(0));
+        self.log("keeping a userfaultfd", second.keep(uffd.as_fd()));
         let space = NewSpace {
             pid: host,
             uffd,
             map,
             connect: self.connect(),
-            observer: Arc::new(()),
+            observer: Arc::new(second),
             claims: Some(claims),
         };
         match self.pager.adopt(space) {

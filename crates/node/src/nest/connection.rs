@@ -57,6 +57,15 @@ impl Connection {
 
     /// Sends a request and waits for its answer.
     pub fn ask(&self, request: Request, fds: &[BorrowedFd<'_>]) -> io::Result<Reply> {
+        self.begin(request, fds)?.recv().map_err(|_| gone())
+    }
+
+    /// Hands a request over without waiting for its answer: once this returns, it is init's, whatever becomes of us.
+    pub fn tell(&self, request: Request, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.begin(request, fds).map(|_| ())
+    }
+
+    fn begin(&self, request: Request, fds: &[BorrowedFd<'_>]) -> io::Result<Receiver<Reply>> {
         let (sender, receiver) = mpsc::sync_channel(1);
         let number = {
             let mut waiting = lock(&self.waiting);
@@ -74,7 +83,7 @@ impl Connection {
             lock(&self.waiting).replies.remove(&number);
             return Err(e);
         }
-        receiver.recv().map_err(|_| gone())
+        Ok(receiver)
     }
 }
 

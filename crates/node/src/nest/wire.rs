@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::io;
 
 /// Both ends must have this one.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The file in a node's state directory.
 pub const SOCKET_NAME: &str = "init.sock";
@@ -74,6 +74,16 @@ pub enum Request {
     },
     /// The number that the daemon knows this task by: comes as the sender's PID of the `Done`; or `Absent`.
     HostPid(Pid),
+    /// Send this process a signal with this payload, whose sender it keeps, as the kernel lets nobody outside the nest do.
+    /// Answers `Done` or `Absent`.
+    Signal {
+        /// To which process.
+        pid: Pid,
+        /// Its number.
+        signal: i32,
+        /// The 128 bytes of its siginfo.
+        info: Vec<u8>,
+    },
     /// Nobody makes a task from here on, and the next one gets this number. Again while steering: aim anew, answering
     /// for the number before. Answers `Taken`.
     SteerBegin(Pid),

@@ -31,7 +31,7 @@ pub struct Ended {
     pub status: ExitStatus,
     /// Its real user.
     pub uid: u32,
-    /// Raised by every ending that is recorded: tells whether one is older than something else.
+    /// Raised by every ending that is heard of: tells whether one is older than something else.
     pub number: u64,
 }
 
@@ -77,6 +77,7 @@ struct State {
     next: u64,
     ended: BTreeMap<Pid, Ended>,
     order: VecDeque<(Pid, u64)>,
+    reaped: VecDeque<(Pid, ExitStatus, u64)>,
     numbers: u64,
 }
 
@@ -174,10 +175,16 @@ impl Exits {
         ended
     }
 
-    /// PID 1 has reaped it, and says how it ended: of use for a process that is watched, or whose end is known and
-    /// nothing more.
+    /// PID 1 has reaped it, and says how it ended. For a process that is watched, or whose end is known and nothing more,
+    /// that settles it; for any other it is remembered for who may come to ask ([`Exits::reaped_after`]).
     pub fn reaped(&self, pid: Pid, status: ExitStatus) {
         let mut state = self.lock();
+        state.numbers += 1;
+        let number = state.numbers;
+        state.reaped.push_back((pid, status, number));
+        if state.reaped.len() > MAX_REMEMBERED {
+            state.reaped.pop_front();
+        }
         let unknown = state.ended.get_mut(&pid).filter(|e| e.status == ExitStatus::Unknown);
         if let Some(ended) = unknown {
             ended.status = status;
@@ -188,6 +195,13 @@ impl Exits {
         if let Some(uid) = uid {
             self.record(pid, status, uid);
         }
+    }
+
+    /// How PID 1 said that a process ended, if that was after the ending of this number ([`Exits::latest`]).
+    pub fn reaped_after(&self, pid: Pid, number: u64) -> Option<ExitStatus> {
+        let state = self.lock();
+        let found = state.reaped.iter().rev().find(|(p, _, n)| *p == pid && *n > number);
+        found.map(|(_, status, _)| *status)
     }
 
     /// How a process ended, if that was not long ago.

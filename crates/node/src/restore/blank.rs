@@ -45,6 +45,9 @@ pub struct Blank {
     options: Options,
 }
 
+/// Registers (27 words) and extended state of a thread.
+pub type ThreadState = (Vec<u64>, Vec<u8>);
+
 /// A process that runs here now.
 pub struct Resumed {
     /// Serves its missing pages.
@@ -194,7 +197,7 @@ impl Blank {
     }
 
     /// Registers (27 words) and extended state of one of its threads, as they are.
-    pub fn read_thread(&self, tid: Pid) -> Result<Option<(Vec<u64>, Vec<u8>)>, RestoreError> {
+    pub fn read_thread(&self, tid: Pid) -> Result<Option<ThreadState>, RestoreError> {
         let Some(host) = self.threads.get(&tid) else {
             return Ok(None);
         };
@@ -243,7 +246,7 @@ impl Blank {
     }
 
     fn check_pages(&self, run: &Pages) -> Result<(), RestoreError> {
-        let sound = run.address % 4096 == 0 && run.bytes.len() % 4096 == 0 && !run.bytes.is_empty();
+        let sound = run.address.is_multiple_of(4096) && run.bytes.len().is_multiple_of(4096) && !run.bytes.is_empty();
         let end = run.address.checked_add(run.bytes.len() as u64);
         let inside = end.is_some_and(|end| end <= 0x7fff_ffff_f000);
         if sound && inside {
@@ -390,7 +393,7 @@ fn check_sound(pid: Pid, image: &ProcessImage) -> Result<(), RestoreError> {
     let ordered = mappings.windows(2).all(|w| w[0].end <= w[1].start);
     let aligned = mappings
         .iter()
-        .all(|m| m.start < m.end && m.start % 4096 == 0 && m.end % 4096 == 0);
+        .all(|m| m.start < m.end && m.start.is_multiple_of(4096) && m.end.is_multiple_of(4096));
     if !ordered || !aligned {
         return unsound("its mappings overlap or are not whole pages");
     }

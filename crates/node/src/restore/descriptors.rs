@@ -13,6 +13,7 @@ use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Description, DescriptionKind, FileRef, Files};
 use dunlin_sys::script::Script;
 use rustix::fs::{Mode, OFlags, ResolveFlags, SeekFrom, openat2, seek};
+use std::collections::btree_map::Entry;
 use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -275,6 +276,12 @@ fn place(fd: &OwnedFd, description: &Description) -> io::Result<()> {
         | DescriptionKind::Directory(_)
         | DescriptionKind::Kernel(_)
         | DescriptionKind::Deleted { .. } => {
+            // A description of an ext4 directory that was set to the end before its first reading finds nothing ever
+            // after, not even when it is set back to the start.
+            if matches!(description.kind, DescriptionKind::Directory(_)) && description.position != 0 {
+                let mut entries = [std::mem::MaybeUninit::uninit(); 512];
+                let _ = rustix::fs::RawDir::new(fd, &mut entries).next();
+            }
             seek(fd, SeekFrom::Start(description.position))?;
             Ok(())
         }
@@ -324,13 +331,13 @@ fn pipe_end(
     flags: OFlags,
 ) -> io::Result<OwnedFd> {
     use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
-    if !kit.common.pipes.contains_key(&number) {
-        let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
-        fcntl_setpipe_size(&write, capacity as usize)?;
-        kit.common.pipes.insert(number, (read, write));
-    }
-    let Some((reading, writing)) = kit.common.pipes.get(&number) else {
-        return Err(io::ErrorKind::NotFound.into());
+    let (reading, writing) = match kit.common.pipes.entry(number) {
+        Entry::Occupied(made) => made.into_mut(),
+        Entry::Vacant(place) => {
+            let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
+            fcntl_setpipe_size(&write, capacity as usize)?;
+            place.insert((read, write))
+        }
     };
     if !bytes.is_empty() {
         let mut writing = std::fs::File::from(writing.try_clone()?);

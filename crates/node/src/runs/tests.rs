@@ -11,8 +11,10 @@ use std::process::{Child, Command};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
+type Kept = (Vec<OwnedFd>, Vec<u8>);
+
 #[derive(Default)]
-struct Shelf(Mutex<BTreeMap<String, (Vec<OwnedFd>, Vec<u8>)>>);
+struct Shelf(Mutex<BTreeMap<String, Kept>>);
 
 impl Keeper for Shelf {
     fn keep(&self, label: &str, fds: &[BorrowedFd<'_>], bytes: Vec<u8>) -> io::Result<()> {
@@ -180,7 +182,7 @@ fn a_detached_run_writes_its_log_and_survives_the_daemon() {
     drop((run, runs));
 
     let runs = node.daemon();
-    runs.restore(|p, _| p == pid).unwrap();
+    assert_eq!(runs.restore().unwrap(), [pid]);
     rustix::process::kill_process(child_pid.unwrap(), rustix::process::Signal::CONT).unwrap();
     end(&runs, &mut child);
     let mut reader = runs.logs.read(pid).unwrap().unwrap();
@@ -299,10 +301,57 @@ fn a_relay_survives_its_daemon() {
     drop(there);
     stdout.write_all(b"between ").unwrap();
     let there = two.daemon();
-    there.restore(|_, _| true).unwrap();
+    there.restore().unwrap();
     stdout.write_all(b"after").unwrap();
     there.settle(out).unwrap();
     child.kill().unwrap();
     end(&runs, &mut child);
     assert_eq!(outputs(&told).0, b"before between after");
+}
+
+#[test]
+fn a_relay_goes_on_with_the_next_daemon_of_its_origin() {
+    let (one, two) = (Node::new("origin1", 1), Node::new("origin2", 2));
+    let (runs, there) = (one.daemon(), two.daemon());
+    *two.origin.lock().unwrap() = Arc::downgrade(&runs);
+    let (run, mut child, _told) = start(&runs, Wiring::Pipes, &["sleep", "1000"]);
+    let pid = run.pid().unwrap();
+    let [input, output] = [StreamKind::Stdin, StreamKind::Stdout].map(|stream| StreamRef { run: run.id, stream });
+    let mut stdin = File::from(there.open_remote(input).unwrap());
+    let mut stdout = File::from(there.open_remote(output).unwrap());
+    runs.departed(run.id, Slot(2)).unwrap();
+    run.streams().input(b"read");
+    let mut word = [0u8; 4];
+    stdin.read_exact(&mut word).unwrap();
+    stdout.write_all(b"before ").unwrap();
+    there.settle(output).unwrap();
+
+    // As kill -9 does: all descriptors of the daemon are closed, what the shelf holds is not.
+    run.streams().cut();
+    drop(run);
+    *two.origin.lock().unwrap() = Weak::new();
+    drop(runs);
+
+    let runs = one.daemon();
+    assert_eq!(runs.restore().unwrap(), [pid]);
+    *two.origin.lock().unwrap() = Arc::downgrade(&runs);
+    // More than a window: it only fits if what was acknowledged before is known to be.
+    let written = vec![b'x'; 600_000];
+    stdout.write_all(&written).unwrap();
+    there.settle(output).unwrap();
+    // The caller is gone, so the input has ended, here too.
+    assert_eq!(stdin.read(&mut word).unwrap(), 0);
+    child.kill().unwrap();
+    end(&runs, &mut child);
+    let mut reader = runs.logs.read(pid).unwrap().unwrap();
+    while reader.wait(Duration::from_secs(10)).unwrap() {}
+    let mut seen = Vec::new();
+    loop {
+        let bytes = reader.read().unwrap();
+        if bytes.is_empty() {
+            break;
+        }
+        seen.extend(bytes);
+    }
+    assert!(seen == written, "{} bytes", seen.len());
 }

@@ -235,6 +235,17 @@ impl Streams {
         }
     }
 
+    /// As the death of the daemon would: every end is closed, nobody is told.
+    #[cfg(test)]
+    pub fn cut(&self) {
+        let mut switch = self.lock();
+        switch.relays.values_mut().for_each(|relay| relay.link = None);
+        switch.relays.clear();
+        drop(switch);
+        let ports = std::mem::take(&mut *lock(&self.ports));
+        ports.values().for_each(|p| p.close());
+    }
+
     /// Nobody reads or writes any more.
     pub fn close(&self) {
         let mut switch = self.lock();
@@ -263,9 +274,9 @@ impl Streams {
             stream: open.stream.stream,
             link: None,
             links: 0,
-            received: 0,
-            passed: 0,
-            sent: 0,
+            received: open.acked,
+            passed: open.acked,
+            sent: open.received,
             untaken: VecDeque::new(),
             end_sent: false,
         });

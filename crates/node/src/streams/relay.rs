@@ -29,6 +29,8 @@ const RETRY_AFTER: Duration = Duration::from_millis(200);
 pub trait Dial: Send + Sync {
     /// Opens a stream's connection.
     fn dial(&self, open: StreamOpen) -> Result<TcpStream, PeerError>;
+    /// A relay's input has ended: no copy of its far end may keep the program from seeing it.
+    fn input_ended(&self, relay: u64);
     /// A relay is over.
     fn over(&self, stream: StreamRef, relay: u64);
 }
@@ -131,6 +133,9 @@ impl Relay {
     pub fn settle(&self) -> io::Result<()> {
         self.port().drain();
         let mut state = self.lock();
+        if state.unacked.is_empty() {
+            return Ok(());
+        }
         state.flushes += 1;
         let number = state.flushes;
         state.send(StreamFrame::Flush(number));
@@ -185,17 +190,18 @@ impl Relay {
 
     fn supervise(&self) {
         loop {
-            let received = {
+            let (received, acked) = {
                 let state = self.lock();
                 if state.closed {
                     return;
                 }
-                state.received
+                (state.received, state.acked)
             };
             let open = StreamOpen {
                 stream: self.stream,
                 relay: self.id,
                 received,
+                acked,
             };
             let ended = match self.dial.dial(open) {
                 Ok(stream) => self.run_link(stream).err(),
@@ -394,7 +400,11 @@ impl Side for RelaySide {
         state.send(StreamFrame::Taken(taken));
     }
 
-    fn input_ended(&self) {}
+    fn input_ended(&self) {
+        if let Some(relay) = self.0.upgrade() {
+            relay.dial.input_ended(relay.id);
+        }
+    }
 
     fn unused(&self) {
         let Some(relay) = self.0.upgrade() else { return };

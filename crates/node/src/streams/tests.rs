@@ -119,6 +119,8 @@ impl Dial for Node {
         Ok(stream)
     }
 
+    fn input_ended(&self, _: u64) {}
+
     fn over(&self, _: StreamRef, _: u64) {}
 }
 

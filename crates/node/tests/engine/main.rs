@@ -1,37 +1,27 @@
 //! The engine, without a daemon around it: real programs move between nests of one machine.
 
 mod rig;
+#[path = "../runner/mod.rs"]
+mod runner;
 
 use dunlin_proto::control::WaitFor;
 use rig::Rig;
 use std::time::{Duration, Instant};
 
+const TESTS: &[runner::Test] = &[("a_counter_moves_round", a_counter_moves_round)];
+
 fn main() -> std::process::ExitCode {
-    let mut args: Vec<_> = std::env::args_os().collect();
-    if args.get(1).is_some_and(|a| a == "init") {
-        return dunlin_node::init::main(args.split_off(2));
+    let mut args: Vec<_> = std::env::args_os().skip(1).collect();
+    if args.first().is_some_and(|a| a == "init") {
+        return dunlin_node::init::main(args.split_off(1));
     }
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
     tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
-    let only = std::env::args().nth(1).filter(|a| !a.starts_with('-'));
-    let tests: &[(&str, fn())] = &[("a_counter_moves_round", a_counter_moves_round)];
-    let mut failed = 0;
-    for (name, test) in tests {
-        if only.as_ref().is_some_and(|o| !name.contains(o.as_str())) {
-            continue;
-        }
-        let started = Instant::now();
-        let passed = std::panic::catch_unwind(test).is_ok();
-        failed += usize::from(!passed);
-        println!(
-            "test {name} … {} ({:.1?})",
-            if passed { "ok" } else { "FAILED" },
-            started.elapsed()
-        );
-    }
-    std::process::ExitCode::from(u8::from(failed > 0))
+    let args: Vec<String> = args.into_iter().filter_map(|a| a.into_string().ok()).collect();
+    runner::run(TESTS, &args)
 }
 
 /// Waits for an event, not for a time.

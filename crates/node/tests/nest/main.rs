@@ -7,12 +7,12 @@ mod daemon;
 mod fixture;
 mod forks;
 mod programs;
+#[path = "../runner/mod.rs"]
+mod runner;
 mod surrogates;
 
-use std::panic::catch_unwind;
+use runner::Test;
 use std::process::ExitCode;
-
-type Test = (&'static str, fn());
 
 fn main() -> ExitCode {
     let mut args: Vec<_> = std::env::args_os().skip(1).collect();
@@ -35,31 +35,5 @@ fn main() -> ExitCode {
         };
     }
     let tests: Vec<Test> = [programs::TESTS, forks::TESTS, daemon::TESTS, surrogates::TESTS].concat();
-    let has = |flag: &str| args.iter().any(|a| a == flag);
-    if has("--list") {
-        if !has("--ignored") {
-            tests.iter().for_each(|(name, _)| println!("{name}: test"));
-        }
-        return ExitCode::SUCCESS;
-    }
-    let filters: Vec<&String> = args.iter().filter(|a| !a.starts_with('-')).collect();
-    let wanted = |name: &str| {
-        filters.is_empty()
-            || filters
-                .iter()
-                .any(|f| if has("--exact") { name == *f } else { name.contains(*f) })
-    };
-    let (mut failed, mut ran) = (0, 0);
-    for (name, test) in tests.into_iter().filter(|(name, _)| wanted(name)) {
-        ran += 1;
-        let ok = catch_unwind(test).is_ok();
-        failed += usize::from(!ok);
-        println!("test {name} ... {}", if ok { "ok" } else { "FAILED" });
-    }
-    println!("\ntest result: {ran} run, {failed} failed");
-    if failed == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    runner::run(&tests, &args)
 }

@@ -1,0 +1,109 @@
+//! A program that does what a scenario tells it, wherever it is: Python, told by files that all nodes see.
+//!
+//! Owns the way of an order and of its answer. Refuses to know what they mean.
+
+use super::{Workshop, program, spec_in};
+use dunlin_lab::Lab;
+use dunlin_lab::harness::Run;
+use dunlin_proto::control::RunSpec;
+use dunlin_proto::ids::Pid;
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A process that takes orders.
+#[derive(Debug)]
+pub struct Obedient {
+    /// Its PID.
+    pub pid: Pid,
+    dir: PathBuf,
+    name: String,
+    told: usize,
+}
+
+/// The command line of the first of them, which has this name.
+pub fn obedient_spec(workshop: &Workshop, name: &str) -> RunSpec {
+    let script = program("obedient.py");
+    let dir = workshop.path("");
+    let argv = [
+        "/usr/bin/python3",
+        script.to_str().unwrap(),
+        dir.to_str().unwrap(),
+        name,
+    ];
+    spec_in(&workshop.path(""), &argv)
+}
+
+impl Obedient {
+    /// Starts one on n1.
+    #[track_caller]
+    pub fn start(lab: &Lab, workshop: &Workshop, name: &str) -> (Obedient, Run) {
+        let run = lab.node("n1").run_as(obedient_spec(workshop, name));
+        (Obedient::known(workshop, name, run.pid), run)
+    }
+
+    /// One that runs already.
+    pub fn known(workshop: &Workshop, name: &str, pid: Pid) -> Obedient {
+        Obedient {
+            pid,
+            dir: workshop.path(""),
+            name: name.into(),
+            told: 0,
+        }
+    }
+
+    /// Has it fork one that takes orders under this name.
+    #[track_caller]
+    pub fn fork(&mut self, name: &str) -> Obedient {
+        let answer = self.ask(&format!("fork_obedient('{name}')"));
+        let pid = answer.parse().unwrap_or_else(|_| panic!("{answer} is no PID"));
+        let mut child = Obedient {
+            pid: Pid(pid),
+            dir: self.dir.clone(),
+            name: name.into(),
+            told: 0,
+        };
+        assert_eq!(child.ask("os.getpid()"), answer);
+        child
+    }
+
+    /// Tells it something, and does not wait for the answer.
+    pub fn tell(&mut self, order: &str) {
+        let path = self.dir.join(format!("{}.orders", self.name));
+        let mut orders = std::fs::File::options().create(true).append(true).open(path).unwrap();
+        orders.write_all(format!("{order}\n").as_bytes()).unwrap();
+        self.told += 1;
+    }
+
+    /// Waits for the answer to the last order.
+    #[track_caller]
+    pub fn answer(&self) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(answer) = self.answered() {
+                return answer;
+            }
+            let (name, pid, told) = (&self.name, self.pid, self.told);
+            assert!(Instant::now() < deadline, "{name} ({pid}) does not answer order {told}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// The answer to the last order, if it has come.
+    pub fn answered(&self) -> Option<String> {
+        let path = self.dir.join(format!("{}.answers", self.name));
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let mut answers = text.split_inclusive('\n').filter_map(|l| l.strip_suffix('\n'));
+        answers.nth(self.told - 1).map(str::to_owned)
+    }
+
+    /// Tells it something and waits for what comes of it.
+    #[track_caller]
+    pub fn ask(&mut self, order: &str) -> String {
+        self.tell(order);
+        self.answer()
+    }
+}
