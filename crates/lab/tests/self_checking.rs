@@ -53,7 +53,7 @@ impl Traveller {
 fn travels(name: &str, arguments: &[&str]) {
     let traveller = Traveller::start(name, arguments);
     journey(&traveller.lab, traveller.run.pid, false, || lives(&traveller.run));
-    let report = traveller.lab.move_verified(traveller.run.pid, "n3");
+    let report = support::verified(&traveller.lab, traveller.run.pid, "n3");
     assert!(report.verified_pages.is_some_and(|n| n > 0), "{report:#?}");
     lives(&traveller.run);
     traveller.end();

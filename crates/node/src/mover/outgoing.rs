@@ -15,14 +15,16 @@ use crate::page_server::NewImage;
 use crate::pager::{NewSpace, Withdrawn};
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::home::HomeEvent;
-use dunlin_cluster::relocation::source::{Plan, SourceAction, SourceEvent, SourceMove, SourceRecord, SourceReport};
+use dunlin_cluster::relocation::source::{
+    Plan, SourceAction, SourceEvent, SourceMove, SourceRecord, SourceReport, WhyNot,
+};
 use dunlin_proto::control::{
     Failure, FailureKind, MoveMode, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, WaitFor,
 };
 use dunlin_proto::ids::{ImageId, MoveId, Pid, Slot};
 use dunlin_proto::image::{Lineage, MappingKind, Plan as ProcessPlan};
 use dunlin_proto::peer::{PeerReply, PeerRequest};
-use dunlin_proto::relocation::{Claim, Member};
+use dunlin_proto::relocation::{Claim, LeaseRefusal, Member};
 use dunlin_sys::procfs::ProcDir;
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
@@ -355,6 +357,11 @@ impl<'a> Outgoing<'a> {
                 None,
             ))
         })?;
+        if request.mode != MoveMode::Demand {
+            let message = format!("process {pid} was not moved: only --mode demand exists so far; it runs on here");
+            let hint = Some("leave --mode away; dirty tracking for precopy and hybrid is in `node::dirty`, unused yet");
+            return Err(MoveOutcome::Failed(failure(FailureKind::Invalid, message, hint)));
+        }
         if to == mover.here {
             let message = format!("process {pid} is on {} already", request.to);
             return Err(MoveOutcome::Failed(failure(FailureKind::Invalid, message, None)));
@@ -505,6 +512,14 @@ impl<'a> Outgoing<'a> {
     fn reported(&mut self, report: SourceReport) -> Result<(), MoveOutcome> {
         match report {
             SourceReport::Failed(why) => {
+                // An abort that this node has not heard of: known now, so that the next attempt is leased.
+                if let WhyNot::NotLeased(LeaseRefusal::Incarnation { pid, actual }) = &why {
+                    let claim = Claim {
+                        pid: *pid,
+                        incarnation: *actual,
+                    };
+                    self.mover.decide(HomeEvent::Raise(vec![claim]));
+                }
                 self.sources.drain(..).for_each(Source::abandon);
                 let message = format!(
                     "process {} was not moved: {why}; it runs on {}",

@@ -39,6 +39,8 @@ pub(super) struct Holder {
     pub(super) claim: Arc<()>,
     /// It has been up once: the claim is known to the holder.
     pub(super) claimed: bool,
+    /// What came in bulk lies unread for the sake of faults.
+    pub(super) bulk_waits_since: Option<Instant>,
 }
 
 /// What arrived and could not be installed everywhere yet.
@@ -142,6 +144,7 @@ impl Family {
                 store: Box::new(link),
                 claim: Arc::new(()),
                 claimed: false,
+                bulk_waits_since: None,
             };
             family.holders.insert(image, holder);
         }
