@@ -339,7 +339,7 @@ fn pipe_end(
             place.insert((read, write))
         }
     };
-    if !bytes.is_empty() {
+    if !bytes.is_empty() && kit.common.filled.insert(number) {
         let mut writing = std::fs::File::from(writing.try_clone()?);
         writing.write_all(bytes)?;
     }
