@@ -13,7 +13,6 @@ mod output;
 mod processes;
 mod progress;
 mod relay;
-mod roles;
 mod run;
 mod signals;
 mod terminal;
@@ -105,10 +104,17 @@ enum Command {
     },
     /// Can this machine be a node? Tries every kernel interface that dunlin stands on
     Doctor(doctor::DoctorArgs),
+    /// Be a node: run its daemon until SIGTERM; the programs of its nest go on without it
+    Node {
+        /// The node's configuration (TOML)
+        #[arg(long, value_name = "FILE")]
+        config: std::path::PathBuf,
+        /// The lab's cgroup: so that `lab down` knows its daemons
+        #[arg(long, hide = true)]
+        lab_group: Option<std::path::PathBuf>,
+    },
     /// Make, take down and look at a whole cluster on this machine
     Lab(lab::LabArgs),
-    /// Be a node's daemon
-    Node(roles::NodeArgs),
     /// Print the version
     Version,
 }
@@ -204,10 +210,17 @@ fn dispatch(cli: Cli) -> exit::Outcome {
         Command::Wait { pid } => run::wait(pid, whom),
         Command::Logs { pid, follow } => run::logs(pid, follow, whom),
         Command::Doctor(args) => doctor::main(args),
+        Command::Node { config, .. } => node(&config),
         Command::Lab(args) => lab::main(args, whom),
-        Command::Node(args) => roles::node(args),
         Command::Version => exit::print(&format!("dunlin {}\n", env!("CARGO_PKG_VERSION"))),
     }
+}
+
+fn node(config: &std::path::Path) -> exit::Outcome {
+    let config =
+        dunlin_node::config::NodeConfig::load(config).map_err(|e| exit::Failed::new(exit::USAGE, e.to_string()))?;
+    dunlin_node::daemon::run(config).map_err(|e| exit::Failed::new(1, e.to_string()))?;
+    exit::print("")
 }
 
 #[cfg(test)]
@@ -239,7 +252,6 @@ mod tests {
             "dunlin lab up --nodes 3 --name x --modulus 8 --pid-limit 400",
             "dunlin lab down --name x",
             "dunlin lab status --json",
-            "dunlin node --config /etc/dunlin/node.toml",
             "dunlin lab exec n2 --name x -- ip addr show -4",
             "dunlin --lab x lab exec n2 -- true --name",
         ] {

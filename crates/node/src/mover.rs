@@ -13,6 +13,7 @@ mod links;
 mod outgoing;
 mod payload;
 mod progress;
+mod recover;
 mod relatives;
 mod second_hand;
 
@@ -306,14 +307,15 @@ impl Mover {
         Modulus(self.config.modulus)
     }
 
-    /// Clears away a process that runs elsewhere now: its memory stays with a keeper (whose host number comes back), and
+    /// Clears away a process that runs elsewhere now: its memory stays with a keeper (whose numbers come back), and
     /// of the process a surrogate where somebody here still needs its number (who does not leave with it).
-    fn leave_behind(&self, frozen: Frozen, leaving: &[i32]) -> io::Result<i32> {
+    fn leave_behind(&self, frozen: Frozen, leaving: &[i32]) -> io::Result<(Pid, i32)> {
         let (pid, host) = (frozen.source.pid, frozen.source.host);
         let comm = ProcDir::process(host).bytes("comm")?;
         let left = frozen.into_image().map_err(io::Error::other)?;
-        self.hidden.insert(left.keeper, HiddenKind::Keeper);
-        let keeper = self.nest.host_pid(left.keeper)?.ok_or(io::ErrorKind::NotFound)?;
+        let number = left.keeper;
+        self.hidden.insert(number, HiddenKind::Keeper);
+        let keeper = self.nest.host_pid(number)?.ok_or(io::ErrorKind::NotFound)?;
         let kind = if self.modulus().home(pid) == Some(self.here) {
             HiddenKind::Departed
         } else if self.has_relatives_here(pid, leaving) {
@@ -327,7 +329,7 @@ impl Mover {
             HiddenKind::Leaving => left.exit().map_err(io::Error::other)?,
             _ => self.entries.stay(left, pid, host, comm.trim_ascii_end())?,
         }
-        Ok(keeper)
+        Ok((number, keeper))
     }
 
     /// A process that came by a move has ended, or has not been there to be watched.
@@ -340,6 +342,9 @@ impl Mover {
     pub fn ended(&self, pid: Pid, status: ExitStatus) {
         let resident = self.residents.remove(pid);
         let arrival = self.arrivals.remove(pid);
+        if arrival.is_some() {
+            self.forget_arrival(pid);
+        }
         let (Some(resident), Some(arrival)) = (resident, arrival) else {
             return;
         };

@@ -5,6 +5,7 @@
 
 use super::payload::{self, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared, Proposal};
 use super::progress::{Times, phase};
+use super::recover::ImageRecord;
 use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock, random};
 use crate::capture::freeze::Frozen;
@@ -14,7 +15,9 @@ use crate::page_server::NewImage;
 use crate::pager::{NewSpace, Withdrawn};
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::home::HomeEvent;
-use dunlin_cluster::relocation::source::{Plan, SourceAction, SourceEvent, SourceMove, SourceReport, WhyNot};
+use dunlin_cluster::relocation::source::{
+    Plan, SourceAction, SourceEvent, SourceMove, SourceRecord, SourceReport, WhyNot,
+};
 use dunlin_proto::control::{
     Failure, FailureKind, MoveMode, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, WaitFor,
 };
@@ -141,7 +144,7 @@ impl Mover {
             }
         }
         for source in &sources {
-            let watched = source.is_watched() && self.arrivals.get(source.pid).is_none();
+            let watched = source.is_watched() && self.arrivals.get(source.pid).is_none_or(|a| a.space.is_none());
             if watched {
                 obstacles.push(obstacle(
                     source.pid,
@@ -276,6 +279,7 @@ struct Outgoing<'a> {
     withdrawn: BTreeMap<Pid, Withdrawn>,
     images: BTreeMap<Pid, ImageId>,
     keepers: BTreeMap<Pid, i32>,
+    regions: BTreeMap<Pid, Vec<(u64, u64)>>,
     times: Times,
     reporter: &'a Reporter,
     told: bool,
@@ -284,7 +288,58 @@ struct Outgoing<'a> {
     tight: bool,
 }
 
+/// Goes on with a move of a former daemon, of which these images are left: who asked for it is not told.
+pub(super) fn go_on(mover: &Arc<Mover>, record: SourceRecord, images: Vec<(ImageRecord, i32)>, words: &Receiver<Word>) {
+    let (reporter, _) = channel();
+    let plan = record.plan;
+    let request = MoveRequest {
+        pid: images.first().map_or(Pid(0), |(image, _)| image.pid),
+        to: mover.config.name_of(plan.destination),
+        tree: false,
+        mode: MoveMode::Demand,
+        wait: WaitFor::Resumed,
+        verify: false,
+    };
+    let mut this = Outgoing::new(mover.clone(), request, plan, Vec::new(), &reporter);
+    this.told = true;
+    for (image, keeper) in images {
+        this.images.insert(image.pid, image.id);
+        this.keepers.insert(image.pid, keeper);
+    }
+    let mut machine = SourceMove::recover(mover.now(), record, this.limits());
+    // The outcome is for who asked.
+    let _ = this.drive(&mut machine, words);
+}
+
 impl<'a> Outgoing<'a> {
+    fn new(
+        mover: Arc<Mover>,
+        request: MoveRequest,
+        plan: Plan,
+        party: Vec<(Pid, i32)>,
+        reporter: &'a Reporter,
+    ) -> Outgoing<'a> {
+        Outgoing {
+            mover,
+            request,
+            plan,
+            party,
+            met: Vec::new(),
+            sources: Vec::new(),
+            frozen: Vec::new(),
+            withdrawn: BTreeMap::new(),
+            images: BTreeMap::new(),
+            keepers: BTreeMap::new(),
+            regions: BTreeMap::new(),
+            times: Times::start(),
+            reporter,
+            told: false,
+            events: Vec::new(),
+            early: Vec::new(),
+            tight: false,
+        }
+    }
+
     fn run(mover: Arc<Mover>, request: MoveRequest, reporter: &'a Reporter) -> Result<(), MoveOutcome> {
         let times = Times::start();
         let pid = request.pid;
@@ -322,24 +377,8 @@ impl<'a> Outgoing<'a> {
             home,
             destination: to,
         };
-        let mut this = Outgoing {
-            mover: mover.clone(),
-            request,
-            plan,
-            party,
-            met: Vec::new(),
-            sources: Vec::new(),
-            frozen: Vec::new(),
-            withdrawn: BTreeMap::new(),
-            images: BTreeMap::new(),
-            keepers: BTreeMap::new(),
-            times,
-            reporter,
-            told: false,
-            events: Vec::new(),
-            early: Vec::new(),
-            tight: false,
-        };
+        let mut this = Outgoing::new(mover.clone(), request, plan, party, reporter);
+        this.times = times;
         let outcome = this.go();
         lock(&mover.sources).remove(&id);
         lock(&mover.busy).retain(|_, by| *by != id);
@@ -376,6 +415,11 @@ impl<'a> Outgoing<'a> {
             cpu_features: super::incoming::cpu_features(),
         });
         let mut machine = SourceMove::start(self.mover.now(), self.plan, self.limits(), claims, proposal);
+        self.drive(&mut machine, &words)
+    }
+
+    /// Does what the machine says until it has nothing more to say.
+    fn drive(&mut self, machine: &mut SourceMove, words: &Receiver<Word>) -> Result<(), MoveOutcome> {
         let mut last_report = Instant::now();
         loop {
             while let Some(action) = machine.poll_action() {
@@ -386,7 +430,7 @@ impl<'a> Outgoing<'a> {
             }
             let event = match self.events.pop() {
                 Some(event) => event,
-                None => self.wait(&words, machine.next_timeout()),
+                None => self.wait(words, machine.next_timeout()),
             };
             // A copy whose pages are few has them all before it is known here that it runs.
             if matches!(event, SourceEvent::Drained(..)) && self.times.resumed.is_none() {
@@ -647,7 +691,7 @@ impl<'a> Outgoing<'a> {
         let mut map = None;
         let mut images = Vec::new();
         if let Some(arrival) = &arrival
-            && let Ok(withdrawn) = arrival.space.withdraw()
+            && let Some(Ok(withdrawn)) = arrival.space.as_ref().map(|space| space.withdraw())
         {
             map = Some(withdrawn.map.to_image());
             images = arrival.images.iter().map(|(image, by)| (*image, *by)).collect();
@@ -655,12 +699,14 @@ impl<'a> Outgoing<'a> {
         }
         if let Some(image) = self.images.get(&pid) {
             let memory = frozen.memory()?;
+            let regions = regions(&frozen.source.plan);
+            self.regions.insert(pid, regions.clone());
             self.mover.images.register(NewImage {
                 id: *image,
                 mem: memory.memory,
                 pagemap: memory.pagemap,
                 keeper: None,
-                regions: regions(&frozen.source.plan),
+                regions,
                 on_unused: self.on_unused(pid),
             });
         }
@@ -728,14 +774,17 @@ impl<'a> Outgoing<'a> {
             let streams = frozen.source.streams();
             self.mover.exits.left(pid);
             match self.mover.leave_behind(frozen, &leaving) {
-                Ok(keeper) => {
+                Ok((number, keeper)) => {
                     self.keepers.insert(pid, keeper);
+                    self.remember_image(pid, number);
                 }
                 Err(error) => tracing::error!(%pid, %error, "a departed process was not cleared away"),
             }
             self.mover.streams.departed(pid, &streams, to);
             self.mover.residents.remove(pid);
-            self.mover.arrivals.remove(pid);
+            if self.mover.arrivals.remove(pid).is_some() {
+                self.mover.forget_arrival(pid);
+            }
             // The new node has claimed the older images by now, or will be told of them by its own map.
             if let Some(withdrawn) = self.withdrawn.remove(&pid) {
                 self.mover.hand_over(withdrawn);
@@ -744,12 +793,25 @@ impl<'a> Outgoing<'a> {
         self.mover.sweep();
     }
 
+    fn remember_image(&mut self, pid: Pid, keeper: Pid) {
+        if let Some(id) = self.images.get(&pid) {
+            self.mover.remember_image(&ImageRecord {
+                id: *id,
+                by: self.plan.move_id,
+                pid,
+                keeper,
+                regions: self.regions.remove(&pid).unwrap_or_default(),
+            });
+        }
+    }
+
     fn forget_image(&mut self, pid: Pid) {
         if let Some(image) = self.images.get(&pid) {
             self.mover.images.remove(*image);
         }
         if let Some(keeper) = self.keepers.remove(&pid) {
             self.mover.end_keeper(keeper);
+            self.mover.drop_image_record(self.plan.move_id, pid);
         }
     }
 }
@@ -812,7 +874,7 @@ impl Mover {
         match self.pager.adopt(space) {
             Ok(handle) => {
                 if let Some(mut arrival) = self.arrivals.get(pid) {
-                    arrival.space = handle;
+                    arrival.space = Some(handle);
                     self.arrivals.insert(pid, arrival);
                 }
             }

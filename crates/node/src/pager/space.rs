@@ -46,6 +46,8 @@ pub(super) enum Outcome {
     Done,
     /// The space is changing: read events, then decide again.
     Changing,
+    /// There is no memory: try again a little later.
+    Short,
     /// The space is gone.
     Gone,
 }
@@ -156,7 +158,7 @@ impl Space {
             Place::Away { image, source, asked } => Ok(Need::Page { image, source, asked }),
             Place::NotAway => Ok(match self.zero(page)? {
                 Outcome::Done => Need::Nothing,
-                Outcome::Changing => {
+                Outcome::Changing | Outcome::Short => {
                     self.recheck = true;
                     Need::Nothing
                 }
@@ -187,6 +189,7 @@ impl Space {
             match stopped {
                 Some(Stop::Gone) => return Ok(Outcome::Gone),
                 Some(Stop::Changing) => return Ok(Outcome::Changing),
+                Some(Stop::NoMemory) => return Ok(Outcome::Short),
                 // The cluster may cross the end of a mapping.
                 Some(Stop::NotRegistered) if pages > 1 => pages = 1,
                 Some(Stop::NotRegistered) if !self.strikes(page) => return Ok(Outcome::Changing),
@@ -256,6 +259,7 @@ impl Space {
             match stopped {
                 Some(Stop::Gone) => return Ok(Outcome::Gone),
                 Some(Stop::Changing) => return Ok(Outcome::Changing),
+                Some(Stop::NoMemory) => return Ok(Outcome::Short),
                 Some(Stop::NotRegistered) if part.len() > PAGE as usize => {
                     chunk = (part.len() / PAGE as usize / 2).max(1) * PAGE as usize;
                 }

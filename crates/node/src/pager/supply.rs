@@ -1,7 +1,7 @@
 //! The family's dealings with its stores: asking for pages, and installing what arrives.
 
 use super::claims::Probe;
-use super::family::{Family, InHand};
+use super::family::{Family, InHand, PAUSE, SHORTAGE};
 use super::space::{Need, Outcome};
 use super::store::{Arrival, Urgency};
 use super::{Finish, SpaceId};
@@ -169,6 +169,11 @@ impl Family {
             match outcome {
                 Ok(Outcome::Done) => {}
                 Ok(Outcome::Changing) => again = true,
+                Ok(Outcome::Short) => {
+                    self.spaces[index].shared.update(|s| s.trouble = Some(SHORTAGE.into()));
+                    std::thread::sleep(PAUSE);
+                    again = true;
+                }
                 Ok(Outcome::Gone) => self.finish(index, Finish::Gone),
                 Err(error) => self.lose(index, &error),
             }
