@@ -11,8 +11,6 @@ mod inbound;
 pub mod moving;
 pub mod node;
 mod place;
-#[cfg(test)]
-mod tests;
 
 pub use node::Node;
 

@@ -127,10 +127,10 @@ impl Streams for RunStreams {
 
     fn arrived(&self, pid: Pid, streams: &[(RunId, u8)]) {
         for run in runs_of(streams) {
-            if streams.contains(&(run, StreamKind::Tty.number())) {
-                if let Err(e) = self.set_terminal(run) {
-                    tracing::warn!("the terminal of process {pid} is not as it was: {e}");
-                }
+            if streams.contains(&(run, StreamKind::Tty.number()))
+                && let Err(e) = self.set_terminal(run)
+            {
+                tracing::warn!("the terminal of process {pid} is not as it was: {e}");
             }
             self.tell_origin(run, pid);
         }

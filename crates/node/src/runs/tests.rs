@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::peers::PeerError;
+use crate::streams::port::Identity;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::TcpListener;

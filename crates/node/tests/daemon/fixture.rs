@@ -221,7 +221,7 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        let log = self.log();
+        let log = self.log() + &std::fs::read_to_string(self.config.state_dir.join("init.log")).unwrap_or_default();
         if self.daemon.is_some() && !self.stop() {
             println!("the daemon of {} did not end well", self.config.name);
         }
@@ -230,7 +230,7 @@ impl Drop for Node {
             Err(e) => println!("the nest of {} is not to be had: {e}", self.config.name),
         }
         if std::thread::panicking() {
-            println!("--- daemon.log of {}\n{log}---", self.config.name);
+            println!("--- daemon.log and init.log of {}\n{log}---", self.config.name);
         }
         let _ = std::fs::remove_dir_all(&self.config.state_dir);
     }
