@@ -105,8 +105,8 @@ fn a_terminal_follows() {
     let [one, _two] = nodes();
     let size = |rows, cols| WindowSize { rows, cols };
     let script = "import sys,os,signal,termios\n\
-        signal.signal(signal.SIGWINCH,lambda *a: print('size',*os.get_terminal_size(),flush=True))\n\
-        signal.signal(signal.SIGINT,lambda *a: print('interrupted',flush=True))\n\
+        signal.signal(signal.SIGWINCH,lambda *a: os.write(1,b'size %d %d\\n'%os.get_terminal_size()))\n\
+        signal.signal(signal.SIGINT,lambda *a: os.write(1,b'interrupted\\n'))\n\
         t=termios.tcgetattr(0); t[3]&=~termios.ECHO; termios.tcsetattr(0,termios.TCSANOW,t)\n\
         print('up',flush=True)\n\
         for l in sys.stdin: print('>'+l.strip(),*os.get_terminal_size(),flush=True)";
