@@ -10,6 +10,9 @@ use std::path::Path;
 use std::process::Command;
 use support::{LEAST_MOVES, Workshop, program, spec_in, until_it_ends};
 
+/// After so many moves a program is left in peace, to come to its end.
+const MOST_MOVES: usize = 30;
+
 /// Runs a command once as it is and once in a lab, moved until it ends; both must end well, say the same, and leave
 /// the same in the files named.
 #[track_caller]
@@ -32,7 +35,7 @@ fn same_when_moved(workshop: &Workshop, name: &str, argv: &[&str], tree: bool, l
     let moving = workshop.subdir("moved");
     let lab = Lab::up(name, &Options::default());
     let run = lab.node("n1").run_as(spec_in(&moving, argv));
-    let moves = until_it_ends(&lab, run.pid, tree);
+    let moves = until_it_ends(&lab, run.pid, tree, MOST_MOVES);
     let ended = run.wait();
     assert_eq!(ended.status, ExitStatus::Code(0), "{ended:?}");
     let got = outcome(&moving, &ended.stdout);
@@ -118,7 +121,7 @@ fn openssl_speed_ends_by_its_own_timers() {
     let lab = Lab::up("openssl-speed", &Options::default());
     let argv = ["openssl", "speed", "-elapsed", "-seconds", "2", "sha256"];
     let run = lab.node("n1").run_as(spec_in(&workshop.subdir("moved"), &argv));
-    let moves = until_it_ends(&lab, run.pid, false);
+    let moves = until_it_ends(&lab, run.pid, false, MOST_MOVES);
     let ended = run.wait();
     assert_eq!(ended.status, ExitStatus::Code(0), "{ended:?}");
     let figures = ended
@@ -127,6 +130,7 @@ fn openssl_speed_ends_by_its_own_timers() {
         .find(|l| l.starts_with("sha256 "))
         .unwrap_or_default();
     assert_eq!(figures.matches('k').count(), 6, "{ended:?}");
+    // A timer that were started afresh by a move would come up to 2 s late; a busy machine makes it later, too.
     // "Doing sha256 for 2s on 16 size blocks: 4122938 sha256's in 2.00s"
     let took: Vec<f64> = ended
         .stderr
@@ -134,7 +138,7 @@ fn openssl_speed_ends_by_its_own_timers() {
         .filter_map(|l| l.rsplit_once(" in ")?.1.strip_suffix('s')?.parse().ok())
         .collect();
     assert_eq!(took.len(), 6, "{}", ended.stderr);
-    assert!(took.iter().all(|s| (1.9..2.4).contains(s)), "alarms came at {took:?}");
+    assert!(took.iter().all(|s| (1.9..3.0).contains(s)), "alarms came at {took:?}");
     assert!(moves >= LEAST_MOVES, "it ended after {moves} moves");
 }
 

@@ -205,7 +205,10 @@ fn a_commit_is_forgotten_when_all_know() {
         d_says(&mut home, DestinationToHome::Resumed),
         [update(true, true, &[X]), noted.clone()]
     );
-    assert_eq!(d_says(&mut home, DestinationToHome::Resumed), [noted.clone()]);
+    assert_eq!(
+        d_says(&mut home, DestinationToHome::Resumed),
+        std::slice::from_ref(&noted)
+    );
     // An echo of its question must not make a second copy.
     assert_eq!(d_says(&mut home, commit()), [to_d(HomeToDestination::Denied)]);
     let forgotten = HomeAction::Persist(vec![Durable::MoveForgotten(ID)]);

@@ -406,7 +406,8 @@ fn questions_are_repeated_ever_more_slowly() {
 #[test]
 fn silence_has_limits() {
     let limits = Limits::default();
-    let cases: [(fn() -> SourceMove, Duration, WhyNot); 3] = [
+    type Case = (fn() -> SourceMove, Duration, WhyNot);
+    let cases: [Case; 3] = [
         (leasing, limits.lease, WhyNot::HomeSilent(HOME)),
         (proposing, limits.propose, WhyNot::DestinationLost(THERE)),
         (destination_preparing, limits.prepare, WhyNot::DestinationLost(THERE)),

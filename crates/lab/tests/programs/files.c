@@ -11,7 +11,7 @@
 
 #define LINES 1000
 static char work[PATH_MAX];
-static int reader, dup_of_reader, reopened, appender, appender2, deleted, both, dir, path_only, null, zero, urandom, high, cloexec, pipe_fd[2];
+static int reader, dup_of_reader, reopened, appender, appender2, deleted, both, dir, null, zero, urandom, high, cloexec, pipe_fd[2];
 static off_t at;
 static long appended, deleted_words;
 
@@ -43,7 +43,6 @@ static void open_all(void)
 		close(make(name, O_WRONLY));
 	}
 	dir = SYS(open(".", O_RDONLY | O_DIRECTORY));
-	path_only = SYS(open("lines", O_PATH));
 	null = SYS(open("/dev/null", O_WRONLY)), zero = SYS(open("/dev/zero", O_RDONLY)), urandom = SYS(open("/dev/urandom", O_RDONLY));
 	struct rlimit limit;
 	getrlimit(RLIMIT_NOFILE, &limit);
@@ -57,8 +56,7 @@ static void flags_as_opened(void)
 	const struct { const char *what; int fd, flags, cloexec; } all[] = {
 		{"reader", reader, O_RDONLY, 0}, {"its dup", dup_of_reader, O_RDONLY, 0}, {"reopened", reopened, O_RDONLY | O_NOATIME, 0},
 		{"appender", appender, O_WRONLY | O_APPEND, 0}, {"second appender", appender2, O_RDWR | O_APPEND | O_NONBLOCK, 0},
-		{"deleted file", deleted, O_RDWR, 0}, {"directory", dir, O_RDONLY | O_DIRECTORY, 0}, {"path", path_only, O_PATH, 0},
-		{"null", null, O_WRONLY, 0}, {"zero", zero, O_RDONLY, 0}, {"high dup", high, O_RDONLY | O_NOATIME, 0},
+		{"deleted file", deleted, O_RDWR, 0}, {"directory", dir, O_RDONLY | O_DIRECTORY, 0}, {"null", null, O_WRONLY, 0}, {"zero", zero, O_RDONLY, 0}, {"high dup", high, O_RDONLY | O_NOATIME, 0},
 		{"close-on-exec dup", cloexec, O_RDONLY | O_NOATIME, 1}, {"pipe's read end", pipe_fd[0], O_RDONLY | O_NONBLOCK, 1},
 		{"pipe's write end", pipe_fd[1], O_WRONLY | O_NONBLOCK, 1}};
 	for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
@@ -175,13 +173,12 @@ static void own_pipe(void)
 static void surroundings(void)
 {
 	char cwd[PATH_MAX];
-	struct stat here, there, fd;
+	struct stat here, there;
 	CHECK(getcwd(cwd, sizeof cwd) && !strcmp(cwd, work), "the working directory is %s, not %s", cwd, work);
 	mode_t mask = umask(027);
 	EQ("umask", mask, 027);
-	SYS(stat("lines", &here)), SYS(fstatat(dir, "lines", &there, 0)), SYS(fstat(path_only, &fd));
+	SYS(stat("lines", &here)), SYS(fstatat(dir, "lines", &there, 0));
 	EQ("a file by working directory and by descriptor", here.st_ino, there.st_ino);
-	EQ("a file by its O_PATH descriptor", here.st_ino, fd.st_ino);
 	close(make("fresh", O_WRONLY)), SYS(unlink("fresh"));
 }
 

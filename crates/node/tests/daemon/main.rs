@@ -6,9 +6,9 @@
 mod cluster;
 mod fixture;
 mod life;
+mod moves;
 #[path = "../runner/mod.rs"]
 mod runner;
-mod moves;
 mod runs;
 
 use runner::Test;
@@ -25,36 +25,6 @@ fn main() -> ExitCode {
         Some("ask") => return fixture::ask_role(&args[1..]),
         _ => {}
     }
-    let tests: Vec<Test> = [runs::TESTS, life::TESTS, cluster::TESTS].concat();
-    runner::run(&tests, &args)
     let tests: Vec<Test> = [runs::TESTS, life::TESTS, cluster::TESTS, moves::TESTS].concat();
-    let has = |flag: &str| args.iter().any(|a| a == flag);
-    if has("--list") {
-        if !has("--ignored") {
-            tests.iter().for_each(|(name, _)| println!("{name}: test"));
-        }
-        return ExitCode::SUCCESS;
-    }
-    let filters: Vec<&String> = args.iter().filter(|a| !a.starts_with('-')).collect();
-    let chosen = |name: &str, filter: &str| {
-        if has("--exact") {
-            name == filter
-        } else {
-            name.contains(filter)
-        }
-    };
-    let wanted = |name: &str| filters.is_empty() || filters.iter().any(|f| chosen(name, f));
-    let (mut failed, mut ran) = (0, 0);
-    for (name, test) in tests.into_iter().filter(|(name, _)| wanted(name)) {
-        ran += 1;
-        let ok = catch_unwind(test).is_ok();
-        failed += usize::from(!ok);
-        println!("test {name} ... {}", if ok { "ok" } else { "FAILED" });
-    }
-    println!("\ntest result: {ran} run, {failed} failed");
-    if failed == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    runner::run(&tests, &args)
 }
