@@ -11,6 +11,7 @@
 //! its image the region begins.
 
 mod bits;
+mod changes;
 mod order;
 mod wire;
 
@@ -254,18 +255,6 @@ impl PageMap {
         u64::from(away.trailing_zeros()).min(limit)
     }
 
-    /// The pages of a range are no longer elsewhere: they have been installed, or dropped by madvise, or are known to
-    /// be zeros.
-    pub fn settle(&mut self, start: u64, pages: u64) {
-        let end = start.saturating_add(pages.saturating_mul(PAGE));
-        let mut starts: Vec<u64> = self.regions.range(start..end).map(|(s, _)| *s).collect();
-        starts.extend(self.region_of(start).map(|(s, _)| s).filter(|s| *s < start));
-        for at in starts {
-            let from = start.saturating_sub(at) / PAGE;
-            self.clear(at, from, (end - at).div_ceil(PAGE), None);
-        }
-    }
-
     /// Where do these pages of an image belong? Only what is still elsewhere is named.
     pub fn targets(&self, want: Want) -> Vec<Target> {
         let mut targets = Vec::new();
@@ -319,65 +308,6 @@ impl PageMap {
         }
         self.asked.clear();
         self.order = Order::default();
-    }
-
-    /// Of the image's pages in `from..to`, only those in `present` (ascending) have content; the rest is zeros.
-    pub fn keep_only(&mut self, image: ImageId, from: u64, to: u64, present: &[(u64, u64)]) {
-        let mut at = from;
-        for &(start, end) in present {
-            self.settle_source(image, at, start.min(to));
-            at = at.max(end);
-        }
-        self.settle_source(image, at, to);
-    }
-
-    fn settle_source(&mut self, image: ImageId, from: u64, to: u64) {
-        if from >= to {
-            return;
-        }
-        let mut layers: Vec<(u64, u64)> = Vec::new();
-        layers.extend(
-            self.by_source
-                .range((image, from)..(image, to))
-                .map(|((_, s), r)| (*s, *r)),
-        );
-        layers.extend(
-            self.by_source
-                .range((image, 0)..(image, from))
-                .next_back()
-                .map(|((_, s), r)| (*s, *r)),
-        );
-        for (source, region) in layers {
-            let first = from.saturating_sub(source) / PAGE;
-            self.clear(region, first, (to - source).div_ceil(PAGE), Some(image));
-        }
-    }
-
-    /// munmap: the range is no longer ours.
-    pub fn unmap(&mut self, start: u64, end: u64) {
-        self.cut(start);
-        self.cut(end);
-        let starts: Vec<u64> = self.regions.range(start..end).map(|(s, _)| *s).collect();
-        for at in starts {
-            self.take_region(at);
-        }
-    }
-
-    /// mremap: what was at `from` is at `to`. The old range stays registered and reads as zeros (an unmap follows if
-    /// it does not stay).
-    pub fn remap(&mut self, from: u64, to: u64, len: u64) {
-        let end = from.saturating_add(len);
-        self.cut(from);
-        self.cut(end);
-        let starts: Vec<u64> = self.regions.range(from..end).map(|(s, _)| *s).collect();
-        let taken: Vec<(u64, Region)> = starts.into_iter().map(|at| (at, self.take_region(at))).collect();
-        self.unmap(to, to.saturating_add(len));
-        for (at, region) in taken {
-            let pages = region.pages;
-            self.put_region(to + (at - from), region);
-            // Where the two overlap (the kernel does not do that), the new place wins.
-            let _ = self.add_region(at, pages);
-        }
     }
 
     /// The program waits for the page at `address`: what is near it comes first.
@@ -482,70 +412,6 @@ impl PageMap {
                 }
             }
         }
-    }
-
-    /// Clears pages `from..to` of one region, of one image or of all, and drops layers that became empty.
-    fn clear(&mut self, at: u64, from: u64, to: u64, of: Option<ImageId>) {
-        let region = self.regions.get_mut(&at).expect("the caller has seen it");
-        let (away, asked, by_source) = (&mut self.away, &mut self.asked, &mut self.by_source);
-        region.layers.retain_mut(|layer| {
-            if of.is_some_and(|image| image != layer.image) {
-                return true;
-            }
-            subtract(asked, layer.image, layer.asked.clear_range(from, to));
-            subtract(away, layer.image, layer.away.clear_range(from, to));
-            let keep = layer.away.count() > 0;
-            if !keep {
-                by_source.remove(&(layer.image, layer.source));
-            }
-            keep
-        });
-    }
-
-    /// Makes a region begin at `address`, if one covers it.
-    fn cut(&mut self, address: u64) {
-        let Some((start, _)) = self.region_of(address).filter(|(s, _)| *s < address) else {
-            return;
-        };
-        let mut region = self.take_region(start);
-        let at = (address - start) / PAGE;
-        let mut rest = Region {
-            pages: region.pages - at,
-            layers: Vec::new(),
-        };
-        region.pages = at;
-        for layer in &mut region.layers {
-            rest.layers.push(Layer {
-                image: layer.image,
-                source: layer.source + at * PAGE,
-                away: layer.away.split_off(at),
-                asked: layer.asked.split_off(at),
-            });
-        }
-        self.put_region(start, region);
-        self.put_region(address, rest);
-    }
-
-    fn take_region(&mut self, at: u64) -> Region {
-        let region = self.regions.remove(&at).expect("the caller has seen it");
-        for layer in &region.layers {
-            self.by_source.remove(&(layer.image, layer.source));
-            subtract(&mut self.away, layer.image, layer.away.count());
-            subtract(&mut self.asked, layer.image, layer.asked.count());
-        }
-        self.order.regions_changed();
-        region
-    }
-
-    fn put_region(&mut self, at: u64, mut region: Region) {
-        region.layers.retain(|l| l.away.count() > 0);
-        for layer in &region.layers {
-            self.by_source.insert((layer.image, layer.source), at);
-            add(&mut self.away, layer.image, layer.away.count());
-            add(&mut self.asked, layer.image, layer.asked.count());
-        }
-        self.regions.insert(at, region);
-        self.order.regions_changed();
     }
 }
 

@@ -5,6 +5,7 @@
 //! dead when the [`Puppet`] is dropped. Compiled only with the feature `puppet`.
 
 use crate::{Errno, check};
+use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -58,7 +59,8 @@ const OPS: [Op; 16] = [
 /// A child of the test process, and those it forked.
 pub struct Puppet {
     sockets: Vec<UnixStream>,
-    pids: Mutex<Vec<i32>>,
+    /// By slot.
+    pids: Mutex<BTreeMap<usize, i32>>,
 }
 
 /// One process of a puppet.
@@ -84,6 +86,9 @@ impl Puppet {
             ours.push(a);
             theirs.push(b);
         }
+        if theirs.iter().any(|socket| socket.as_raw_fd() >= FIRST_FD) {
+            return Err(io::Error::other("this test has too many descriptors open for a puppet"));
+        }
         // SAFETY: the child calls nothing but what `act` does: system calls, its own memory, and threads that it starts
         // itself.
         let pid = unsafe { libc::fork() };
@@ -102,7 +107,7 @@ impl Puppet {
         check(i64::from(pid))?;
         Ok(Puppet {
             sockets: ours,
-            pids: Mutex::new(vec![pid]),
+            pids: Mutex::new(BTreeMap::from([(0, pid)])),
         })
     }
 
@@ -113,10 +118,10 @@ impl Puppet {
 
     /// The PID of the process itself.
     pub fn pid(&self) -> i32 {
-        self.pids()[0]
+        self.pids()[&0]
     }
 
-    fn pids(&self) -> std::sync::MutexGuard<'_, Vec<i32>> {
+    fn pids(&self) -> std::sync::MutexGuard<'_, BTreeMap<usize, i32>> {
         self.pids.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -124,13 +129,13 @@ impl Puppet {
 impl Drop for Puppet {
     fn drop(&mut self) {
         let pids = self.pids().clone();
-        for pid in pids.iter().rev() {
+        for pid in pids.values().rev() {
             // SAFETY: plain system calls. Descendants are not reaped by anyone but their dead parent's reaper, so their
             // numbers may be free by now only if they exited on their own; tests keep those out of here.
             unsafe { libc::kill(*pid, libc::SIGKILL) };
         }
         // SAFETY: waits for our own child.
-        unsafe { libc::waitpid(pids[0], std::ptr::null_mut(), 0) };
+        unsafe { libc::waitpid(pids[&0], std::ptr::null_mut(), 0) };
     }
 }
 
@@ -138,15 +143,30 @@ impl Hand<'_> {
     fn start(&self, op: Op, args: [u64; 5]) -> io::Result<()> {
         let words = [op as u64, args[0], args[1], args[2], args[3], args[4]];
         let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
-        (&self.puppet.sockets[self.slot]).write_all(&bytes)
+        (&self.puppet.sockets[self.slot])
+            .write_all(&bytes)
+            .map_err(|e| self.post_mortem(e))
     }
 
     /// Waits for the answer to what was started.
     pub fn finish(&self) -> io::Result<i64> {
         let mut bytes = [0; 8];
-        (&self.puppet.sockets[self.slot]).read_exact(&mut bytes)?;
+        (&self.puppet.sockets[self.slot])
+            .read_exact(&mut bytes)
+            .map_err(|e| self.post_mortem(e))?;
         let answer = i64::from_ne_bytes(bytes);
         Ok(answer)
+    }
+
+    /// Says how the process ended, as far as its zombie knows.
+    fn post_mortem(&self, error: io::Error) -> io::Error {
+        let pid = self.puppet.pids().get(&self.slot).copied().unwrap_or(0);
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let status = stat.split_ascii_whitespace().last().unwrap_or("unknown");
+        io::Error::new(
+            error.kind(),
+            format!("{error}; puppet process {pid} has wait status {status}"),
+        )
     }
 
     fn tell(&self, op: Op, args: [u64; 5]) -> io::Result<i64> {
@@ -246,7 +266,7 @@ impl Hand<'_> {
     pub fn fork(&self, slot: usize) -> io::Result<i32> {
         assert!(slot > 0 && slot < SLOTS);
         let pid = self.call(Op::Fork, [slot as u64, 0, 0, 0, 0])? as i32;
-        self.puppet.pids().push(pid);
+        self.puppet.pids().insert(slot, pid);
         Ok(pid)
     }
 
@@ -298,8 +318,14 @@ fn act(mut slot: usize) -> ! {
         // SAFETY: reads into an array of that size.
         let read = unsafe { libc::recv(fd, words.as_mut_ptr().cast(), 48, libc::MSG_WAITALL) };
         if read != 48 {
+            // The test is over, or else the status says what happened.
+            let status = if read < 0 {
+                io::Error::last_os_error().raw_os_error().unwrap_or(0)
+            } else {
+                read as i32
+            };
             // SAFETY: ends this process without running anything else.
-            unsafe { libc::_exit(0) };
+            unsafe { libc::_exit(status) };
         }
         let op = OPS[words[0] as usize % OPS.len()];
         let args = [words[1], words[2], words[3], words[4], words[5]];

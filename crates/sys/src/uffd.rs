@@ -8,169 +8,15 @@
 //!
 //! References: userfaultfd(2), ioctl_userfaultfd(2), `Documentation/admin-guide/mm/userfaultfd.rst`.
 
+mod event;
+mod features;
+
 use crate::{Errno, check};
+pub use event::{Event, FaultKind};
+use event::{MESSAGE_BYTES, parse};
+pub use features::{Features, Watch};
 use rustix::fd::{AsFd, BorrowedFd};
-use std::fmt;
-use std::ops::BitOr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-
-/// What a userfaultfd can be asked to do beyond plain missing-page faults.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Hash)]
-pub struct Features(pub u64);
-
-impl Features {
-    /// A fork gives the child's address space a userfaultfd of its own, in [`Event::Fork`]. Without it the child reads
-    /// missing pages as zeros. Negotiating it wants CAP_SYS_PTRACE.
-    pub const EVENT_FORK: Features = Features(1 << 1);
-    /// mremap raises [`Event::Remap`].
-    pub const EVENT_REMAP: Features = Features(1 << 2);
-    /// MADV_DONTNEED, MADV_FREE and MADV_REMOVE raise [`Event::Remove`].
-    pub const EVENT_REMOVE: Features = Features(1 << 3);
-    /// Missing pages of hugetlbfs.
-    pub const MISSING_HUGETLBFS: Features = Features(1 << 4);
-    /// Missing pages of shared memory.
-    pub const MISSING_SHMEM: Features = Features(1 << 5);
-    /// Every unmapping raises [`Event::Unmap`].
-    pub const EVENT_UNMAP: Features = Features(1 << 6);
-    /// Faults carry the thread that raised them.
-    pub const THREAD_ID: Features = Features(1 << 8);
-    /// Pages of shared memory that exist, but not in this page table.
-    pub const MINOR_SHMEM: Features = Features(1 << 10);
-    /// Write protection of shared memory.
-    pub const WP_HUGETLBFS_SHMEM: Features = Features(1 << 12);
-    /// Write protection covers pages that do not exist yet.
-    pub const WP_UNPOPULATED: Features = Features(1 << 13);
-    /// [`Uffd::poison`].
-    pub const POISON: Features = Features(1 << 14);
-    /// Write faults are resolved by the kernel and only recorded, for [`crate::pagemap`] to find.
-    pub const WP_ASYNC: Features = Features(1 << 15);
-
-    /// The four events about changes of the address space: without all of them its pages cannot be followed.
-    pub const CHANGES: Features =
-        Features(Self::EVENT_FORK.0 | Self::EVENT_REMAP.0 | Self::EVENT_REMOVE.0 | Self::EVENT_UNMAP.0);
-
-    const NAMES: [(Features, &'static str); 12] = [
-        (Self::EVENT_FORK, "EVENT_FORK"),
-        (Self::EVENT_REMAP, "EVENT_REMAP"),
-        (Self::EVENT_REMOVE, "EVENT_REMOVE"),
-        (Self::MISSING_HUGETLBFS, "MISSING_HUGETLBFS"),
-        (Self::MISSING_SHMEM, "MISSING_SHMEM"),
-        (Self::EVENT_UNMAP, "EVENT_UNMAP"),
-        (Self::THREAD_ID, "THREAD_ID"),
-        (Self::MINOR_SHMEM, "MINOR_SHMEM"),
-        (Self::WP_HUGETLBFS_SHMEM, "WP_HUGETLBFS_SHMEM"),
-        (Self::WP_UNPOPULATED, "WP_UNPOPULATED"),
-        (Self::POISON, "POISON"),
-        (Self::WP_ASYNC, "WP_ASYNC"),
-    ];
-
-    /// Are all of `other` among these?
-    pub fn contains(self, other: Features) -> bool {
-        self.0 & other.0 == other.0
-    }
-
-    /// These without `other`.
-    pub fn without(self, other: Features) -> Features {
-        Features(self.0 & !other.0)
-    }
-}
-
-impl BitOr for Features {
-    type Output = Features;
-    fn bitor(self, other: Features) -> Features {
-        Features(self.0 | other.0)
-    }
-}
-
-impl fmt::Display for Features {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names: Vec<&str> = (Self::NAMES.iter())
-            .filter(|(feature, _)| self.contains(*feature))
-            .map(|(_, name)| *name)
-            .collect();
-        f.write_str(&names.join(", "))
-    }
-}
-
-impl fmt::Debug for Features {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Features({self})")
-    }
-}
-
-/// Which faults of a range are raised.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Watch(u64);
-
-impl Watch {
-    /// Accesses to pages that do not exist.
-    pub const MISSING: Watch = Watch(1);
-    /// Writes to pages that are write-protected by [`Uffd::write_protect`].
-    pub const WRITE_PROTECT: Watch = Watch(2);
-    /// Accesses to pages that exist in the file, but not in this page table.
-    pub const MINOR: Watch = Watch(4);
-}
-
-impl BitOr for Watch {
-    type Output = Watch;
-    fn bitor(self, other: Watch) -> Watch {
-        Watch(self.0 | other.0)
-    }
-}
-
-/// Why a fault was raised.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FaultKind {
-    /// The page does not exist.
-    Missing,
-    /// It exists in the file.
-    Minor,
-    /// It is write-protected.
-    WriteProtect,
-}
-
-/// One message.
-#[derive(Debug)]
-pub enum Event {
-    /// A thread waits for a page. It is woken by whatever installs one there, or by [`Uffd::wake`].
-    Fault {
-        /// The page's address.
-        address: u64,
-        /// It was a write.
-        write: bool,
-        /// Why.
-        kind: FaultKind,
-    },
-    /// The process forked; the caller of fork waits until this is read.
-    Fork {
-        /// The child's address space, registered as its parent's was.
-        child: Uffd,
-    },
-    /// A range moved; the caller of mremap waits until this is read. An `Unmap` of the old range follows, unless it
-    /// was kept (`MREMAP_DONTUNMAP`).
-    Remap {
-        /// Where it was.
-        from: u64,
-        /// Where it is.
-        to: u64,
-        /// How long it was, in bytes.
-        len: u64,
-    },
-    /// The range's pages are about to be dropped; the caller of madvise waits until this is read.
-    Remove {
-        /// First address.
-        start: u64,
-        /// Address after the last.
-        end: u64,
-    },
-    /// The range is no longer mapped; the caller waits until this is read.
-    Unmap {
-        /// First address.
-        start: u64,
-        /// Address after the last.
-        end: u64,
-    },
-}
 
 /// Why an installation stopped before its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -258,7 +104,6 @@ const UFFDIO_POISON: u64 = request(READ_WRITE, 0x08, 32);
 const UFFDIO_API: u64 = request(READ_WRITE, 0x3F, 24);
 const USERFAULTFD_IOC_NEW: u64 = request(0, 0x00, 0);
 
-const MESSAGE_BYTES: usize = 32;
 /// So many messages are read at once.
 pub const MESSAGES_PER_READ: usize = 16;
 
@@ -328,7 +173,7 @@ impl Uffd {
 
     /// Raises the faults of a range from now on. It must lie in mappings of anonymous or shared memory.
     pub fn register(&self, start: u64, len: u64, watch: Watch) -> Result<(), UffdError> {
-        let mut argument = [start, len, watch.0, 0];
+        let mut argument = [start, len, watch.bits(), 0];
         // SAFETY: UFFDIO_REGISTER reads and writes a struct of four u64.
         unsafe { self.on_range(UFFDIO_REGISTER, "register", start, len, &mut argument) }
     }
@@ -500,42 +345,4 @@ fn installed(
         bytes,
         stopped: Some(stopped),
     })
-}
-
-fn parse(message: &[u8]) -> Result<Option<Event>, UffdError> {
-    let word = |at: usize| u64::from_ne_bytes(message[at..at + 8].try_into().expect("a message has 32 bytes"));
-    Ok(Some(match message[0] {
-        0x12 => Event::Fault {
-            address: word(16),
-            write: word(8) & 1 != 0,
-            kind: match word(8) & 6 {
-                0 => FaultKind::Missing,
-                4 => FaultKind::Minor,
-                _ => FaultKind::WriteProtect,
-            },
-        },
-        0x13 => {
-            let number = word(8) as u32 as i32;
-            // SAFETY: the kernel has put this new descriptor into our table for this message; nobody else knows it.
-            let fd = unsafe { OwnedFd::from_raw_fd(number) };
-            Event::Fork {
-                child: Uffd::from_fd(fd)?,
-            }
-        }
-        0x14 => Event::Remap {
-            from: word(8),
-            to: word(16),
-            len: word(24),
-        },
-        0x15 => Event::Remove {
-            start: word(8),
-            end: word(16),
-        },
-        0x16 => Event::Unmap {
-            start: word(8),
-            end: word(16),
-        },
-        // Only what was negotiated is sent.
-        _ => return Ok(None),
-    }))
 }

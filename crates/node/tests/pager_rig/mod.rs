@@ -8,7 +8,7 @@ use dunlin_proto::ids::{ImageId, Slot};
 use dunlin_sys::puppet::Puppet;
 use dunlin_sys::uffd::{Features, Uffd, Watch};
 use dunlin_sys::vmcopy;
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
@@ -26,6 +26,7 @@ pub struct Holder {
     pub store: ImageStore,
     address: std::net::SocketAddr,
     streams: Arc<Mutex<Vec<TcpStream>>>,
+    closing: Arc<AtomicBool>,
     /// Connections are refused while this is set.
     down: Arc<AtomicBool>,
     pub connects: Arc<AtomicUsize>,
@@ -35,16 +36,30 @@ pub struct Holder {
 
 impl Holder {
     pub fn new(slot: u16) -> Holder {
+        Self::slow(slot, None)
+    }
+
+    /// With a pause before every 16 KiB that a connection carries to the client.
+    pub fn slow(slot: u16, pause: Option<Duration>) -> Holder {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let store = ImageStore::new();
         let streams: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
         let (store_there, streams_there) = (store.clone(), streams.clone());
+        let closing = Arc::new(AtomicBool::new(false));
+        let closing_there = closing.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let stream = stream.unwrap();
+                if closing_there.load(Ordering::SeqCst) {
+                    return;
+                }
                 streams_there.lock().unwrap().push(stream.try_clone().unwrap());
                 let store = store_there.clone();
+                let stream = match pause {
+                    None => stream,
+                    Some(pause) => behind_a_slow_link(stream, pause),
+                };
                 std::thread::spawn(move || store.serve(stream));
             }
         });
@@ -52,6 +67,7 @@ impl Holder {
             store,
             address,
             streams,
+            closing,
             down: Arc::default(),
             connects: Arc::default(),
             nonce: AtomicU64::new(1),
@@ -90,6 +106,37 @@ impl Holder {
             self.cut();
         }
     }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        self.closing.store(true, Ordering::SeqCst);
+        self.set_down(true);
+        // Lets the listener see it.
+        let _ = TcpStream::connect(self.address);
+    }
+}
+
+/// A stream whose other end is `stream`, with a pause before every 16 KiB on the way there.
+fn behind_a_slow_link(stream: TcpStream, pause: Duration) -> TcpStream {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (far, _) = listener.accept().unwrap();
+    let carry = |mut from: TcpStream, mut to: TcpStream, pause: Duration| {
+        std::thread::spawn(move || {
+            let mut bytes = [0; 16 << 10];
+            while let Ok(n @ 1..) = from.read(&mut bytes) {
+                std::thread::sleep(pause);
+                if to.write_all(&bytes[..n]).is_err() {
+                    break;
+                }
+            }
+            let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+        })
+    };
+    carry(stream.try_clone().unwrap(), far.try_clone().unwrap(), Duration::ZERO);
+    carry(far, stream, pause);
+    near
 }
 
 /// Reaches holders by the slot in the image's name.

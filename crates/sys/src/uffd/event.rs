@@ -1,0 +1,100 @@
+//! The messages of a userfaultfd.
+
+use super::{Uffd, UffdError};
+use std::os::fd::{FromRawFd, OwnedFd};
+
+/// Bytes of one message.
+pub(super) const MESSAGE_BYTES: usize = 32;
+
+/// Why a fault was raised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FaultKind {
+    /// The page does not exist.
+    Missing,
+    /// It exists in the file.
+    Minor,
+    /// It is write-protected.
+    WriteProtect,
+}
+
+/// One message.
+#[derive(Debug)]
+pub enum Event {
+    /// A thread waits for a page. It is woken by whatever installs one there, or by [`Uffd::wake`].
+    Fault {
+        /// The page's address.
+        address: u64,
+        /// It was a write.
+        write: bool,
+        /// Why.
+        kind: FaultKind,
+    },
+    /// The process forked; the caller of fork waits until this is read.
+    Fork {
+        /// The child's address space, registered as its parent's was.
+        child: Uffd,
+    },
+    /// A range moved; the caller of mremap waits until this is read. An `Unmap` of the old range follows, unless it
+    /// was kept (`MREMAP_DONTUNMAP`).
+    Remap {
+        /// Where it was.
+        from: u64,
+        /// Where it is.
+        to: u64,
+        /// How long it was, in bytes.
+        len: u64,
+    },
+    /// The range's pages are about to be dropped; the caller of madvise waits until this is read.
+    Remove {
+        /// First address.
+        start: u64,
+        /// Address after the last.
+        end: u64,
+    },
+    /// The range is no longer mapped; the caller waits until this is read.
+    Unmap {
+        /// First address.
+        start: u64,
+        /// Address after the last.
+        end: u64,
+    },
+}
+
+/// `None` for a kind that was not negotiated.
+pub(super) fn parse(message: &[u8]) -> Result<Option<Event>, UffdError> {
+    let word = |at: usize| u64::from_ne_bytes(message[at..at + 8].try_into().expect("a message has 32 bytes"));
+    Ok(Some(match message[0] {
+        0x12 => Event::Fault {
+            address: word(16),
+            write: word(8) & 1 != 0,
+            kind: match word(8) & 6 {
+                0 => FaultKind::Missing,
+                4 => FaultKind::Minor,
+                _ => FaultKind::WriteProtect,
+            },
+        },
+        0x13 => {
+            let number = word(8) as u32 as i32;
+            // SAFETY: the kernel has put this new descriptor into our table for this message; nobody else knows it.
+            let fd = unsafe { OwnedFd::from_raw_fd(number) };
+            Event::Fork {
+                child: Uffd::from_fd(fd)?,
+            }
+        }
+        0x14 => Event::Remap {
+            from: word(8),
+            to: word(16),
+            len: word(24),
+        },
+        0x15 => Event::Remove {
+            start: word(8),
+            end: word(16),
+        },
+        0x16 => Event::Unmap {
+            start: word(8),
+            end: word(16),
+        },
+        // Only what was negotiated is sent.
+        _ => return Ok(None),
+    }))
+}
