@@ -1,29 +1,23 @@
 //! From the caller to the program: standard input, signals, the terminal's size.
 //!
-//! Owns two threads that end with the process, and the terminal while it is raw. Invariant: a signal is never stuck
-//! behind input that the program does not read: it takes a connection of its own then.
+//! Owns two threads that end with the process, and the terminal while it is raw. Invariant: no more input is under way
+//! than the daemon takes in at once, so a signal is never stuck behind input that the program does not read.
 
 use crate::exit::{FAILED, Failed};
 use crate::terminal::{self, Raw};
 use dunlin_lab::control::Connection;
-use dunlin_proto::control::{Request, RunInput};
+use dunlin_proto::control::{INPUT_WINDOW_BYTES, RunInput};
 use dunlin_proto::frame;
-use dunlin_proto::ids::Pid;
 use dunlin_sys::foreground::Caught;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Signal, getpid, kill_process};
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// At most this much standard input in one message, as the protocol bounds it.
 const INPUT_BYTES: usize = 64 << 10;
-
-/// So long a signal waits for input before it, which the program may yet read, until it overtakes it.
-const SOON: Duration = Duration::from_millis(50);
 
 /// What the caller passes on while the program runs.
 pub struct Relay {
@@ -33,15 +27,13 @@ pub struct Relay {
 /// The way to the program.
 struct Line {
     input: Mutex<UnixStream>,
-    /// Another daemon connection is made here when `input` is full.
-    socket: PathBuf,
-    pid: Pid,
+    window: Window,
     terminal: Mutex<Option<Raw>>,
 }
 
 impl Relay {
     /// Starts passing on. From now on signals do not happen to this process.
-    pub fn start(connection: &Connection, pid: Pid, on_terminal: bool) -> Result<Relay, Failed> {
+    pub fn start(connection: &Connection, on_terminal: bool) -> Result<Relay, Failed> {
         let failed = |what: &str, e: &dyn std::fmt::Display| Failed::new(FAILED, format!("{what}: {e}"));
         let signals = [
             Signal::HUP,
@@ -62,8 +54,7 @@ impl Relay {
         };
         let line = Arc::new(Line {
             input: Mutex::new(connection.input().map_err(|e| failed("the connection", &e))?),
-            socket: connection.socket().into(),
-            pid,
+            window: Window::new(),
             terminal: Mutex::new(raw),
         });
         let relay = Relay { line };
@@ -81,6 +72,11 @@ impl Relay {
     pub fn signal(&self, signal: i32) {
         self.line.signal(signal);
     }
+
+    /// So many more bytes of input may be sent.
+    pub fn input_taken(&self, bytes: u32) {
+        self.line.window.taken(bytes);
+    }
 }
 
 impl Drop for Relay {
@@ -96,7 +92,7 @@ impl Line {
             if lock(&self.terminal).is_some()
                 && let Some(size) = terminal::size(io::stdout())
             {
-                self.send_or_drop(&RunInput::Resize(size));
+                self.send(&RunInput::Resize(size));
             }
         } else if signal == Signal::TSTP.as_raw() {
             self.stop();
@@ -124,33 +120,13 @@ impl Line {
     }
 
     fn signal(&self, signal: i32) {
-        if !self.send_or_drop(&RunInput::Signal(signal)) {
-            let another = Connection::open(&self.socket);
-            let sent = another.and_then(|mut c| c.ask(&Request::Kill { pid: self.pid, signal }));
-            if let Err(e) = sent {
-                crate::exit::say(&format!("signal {signal} did not reach process {}: {e}", self.pid));
-            }
-        }
+        self.send(&RunInput::Signal(signal));
     }
 
-    /// Sends a small message if the line is free, or soon will be; `false` if it is full of input that nobody reads.
-    fn send_or_drop(&self, message: &RunInput) -> bool {
-        let soon = Instant::now() + SOON;
-        while Instant::now() < soon {
-            let input = match self.input.try_lock() {
-                Ok(input) => Some(input),
-                Err(TryLockError::Poisoned(input)) => Some(input.into_inner()),
-                Err(TryLockError::WouldBlock) => None,
-            };
-            let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-            if let Some(mut input) = input
-                && poll(&mut [PollFd::new(&*input, PollFlags::OUT)], Some(&now)).is_ok_and(|ready| ready == 1)
-            {
-                return frame::write(&mut *input, message).is_ok();
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        false
+    /// Sends a message. It is never delayed by a program that does not read: see [`Window`].
+    fn send(&self, message: &RunInput) -> bool {
+        // If the daemon has closed its end, the reader of replies will learn why.
+        frame::write(&mut *lock(&self.input), message).is_ok()
     }
 
     /// Passes standard input on until it ends.
@@ -158,7 +134,8 @@ impl Line {
         let mut buffer = vec![0; INPUT_BYTES];
         // Reading a terminal that another job uses would stop us, and the program's output with us.
         while !terminal::taken_by_others() {
-            let read = match rustix::io::read(io::stdin(), &mut buffer[..]) {
+            let room = self.window.room().min(INPUT_BYTES);
+            let read = match rustix::io::read(io::stdin(), &mut buffer[..room]) {
                 Ok(0) => break,
                 Ok(read) => read,
                 Err(Errno::INTR) => continue,
@@ -169,13 +146,49 @@ impl Line {
                 // No terminal any more, or never an input: that is an end too.
                 Err(_) => break,
             };
-            let message = RunInput::Stdin(buffer[..read].to_vec());
-            if frame::write(&mut *lock(&self.input), &message).is_err() {
-                // The daemon has closed its end; the reader of replies will learn why.
+            self.window.sent(read);
+            if !self.send(&RunInput::Stdin(buffer[..read].to_vec())) {
                 return;
             }
         }
-        let _ = frame::write(&mut *lock(&self.input), &RunInput::StdinEnd);
+        self.send(&RunInput::StdinEnd);
+    }
+}
+
+/// How much input may be under way: so little that the daemon always takes it in, and signals behind it.
+struct Window {
+    room: Mutex<u64>,
+    opened: Condvar,
+}
+
+impl Window {
+    fn new() -> Window {
+        Window {
+            room: Mutex::new(INPUT_WINDOW_BYTES),
+            opened: Condvar::new(),
+        }
+    }
+
+    /// Waits until something may be sent, and says how much.
+    fn room(&self) -> usize {
+        let shut = |room: &mut u64| *room == 0;
+        let room = self
+            .opened
+            .wait_while(lock(&self.room), shut)
+            .unwrap_or_else(PoisonError::into_inner);
+        usize::try_from(*room).unwrap_or(usize::MAX)
+    }
+
+    fn sent(&self, bytes: usize) {
+        let mut room = lock(&self.room);
+        *room = room.saturating_sub(bytes as u64);
+    }
+
+    fn taken(&self, bytes: u32) {
+        let mut room = lock(&self.room);
+        // A daemon that takes more than was sent is not believed.
+        *room = (*room + u64::from(bytes)).min(INPUT_WINDOW_BYTES);
+        self.opened.notify_all();
     }
 }
 

@@ -97,7 +97,7 @@ fn session(args: RunArgs, whom: &Whom) -> Result<Option<ExitStatus>, Failed> {
         exit::print(&format!("{pid}\n"))?;
         return Ok(None);
     }
-    let relay = Relay::start(&connection, pid, on_terminal)?;
+    let relay = Relay::start(&connection, on_terminal)?;
     loop {
         match connection.receive().map_err(|e| parted(&connection, pid, &e))? {
             Reply::Output { stream, bytes } => {
@@ -106,6 +106,7 @@ fn session(args: RunArgs, whom: &Whom) -> Result<Option<ExitStatus>, Failed> {
                     relay.signal(rustix::process::Signal::PIPE.as_raw());
                 }
             }
+            Reply::InputTaken { bytes } => relay.input_taken(bytes),
             Reply::Exited(status) => return Ok(Some(status)),
             other => return Err(exit::unexpected(other)),
         }

@@ -8,7 +8,7 @@ use fake::{Client, Fake, text};
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 fn out(bytes: &[u8]) -> Reply {
@@ -22,7 +22,11 @@ fn out(bytes: &[u8]) -> Reply {
 fn cat(client: &mut Client) -> ExitStatus {
     loop {
         match client.hear() {
-            Some(RunInput::Stdin(bytes)) => client.say(out(&bytes)),
+            Some(RunInput::Stdin(bytes)) => {
+                client.say(out(&bytes));
+                let bytes = bytes.len() as u32;
+                client.say(Reply::InputTaken { bytes });
+            }
             Some(RunInput::StdinEnd) => return ExitStatus::Code(3),
             other => panic!("{other:?}"),
         }
@@ -103,54 +107,35 @@ fn signals_reach_the_program_and_its_death_is_ours() {
 }
 
 #[test]
-fn a_signal_overtakes_input_that_nobody_reads() {
-    let killed = Arc::new((Mutex::new(None), Condvar::new()));
-    let fake = Fake::new(move |request, client| match request {
-        Request::Run(_) => {
-            client.say(Reply::Started { pid: Pid(129) });
-            client.say(out(b"on"));
-            // The program reads nothing of its input; the other connection ends it.
-            let signal = killed
-                .1
-                .wait_while(killed.0.lock().unwrap(), |killed| killed.is_none())
-                .unwrap()
-                .unwrap();
-            client.say(Reply::Exited(ExitStatus::Signal { signal, core: false }));
+fn no_more_input_is_under_way_than_the_daemon_takes_in() {
+    let fake = Fake::running(|client| {
+        let mut received = 0;
+        let mut take = |client: &mut Client, until: u64| {
+            while received < until {
+                match client.hear() {
+                    Some(RunInput::Stdin(bytes)) => received += bytes.len() as u64,
+                    other => panic!("{other:?} after {received} bytes"),
+                }
+            }
+            assert_eq!(received, until);
+        };
+        take(client, INPUT_WINDOW_BYTES);
+        client.say(Reply::InputTaken { bytes: 1000 });
+        take(client, INPUT_WINDOW_BYTES + 1000);
+        // The program reads no more, yet a signal comes through.
+        client.say(out(b"full"));
+        match client.hear() {
+            Some(RunInput::Signal(signal)) => ExitStatus::Signal { signal, core: false },
+            other => panic!("{other:?}"),
         }
-        Request::Kill { pid: Pid(129), signal } => {
-            *killed.0.lock().unwrap() = Some(signal);
-            killed.1.notify_all();
-            client.say(Reply::Done);
-        }
-        other => panic!("{other:?}"),
     });
     let mut child = fake.command(&["run", "x"]).stdin(Stdio::piped()).spawn().unwrap();
-    child.stdout.as_mut().unwrap().read_exact(&mut [0; 2]).unwrap();
     let mut stdin = child.stdin.take().unwrap();
-    // Fills the socket and then the pipe, and waits there until `dunlin` is gone.
     let writer = std::thread::spawn(move || while stdin.write_all(&[0; 1 << 16]).is_ok() {});
-    until_stuck(child.id());
+    child.stdout.as_mut().unwrap().read_exact(&mut [0; 4]).unwrap();
     send(15, child.id());
     assert_eq!(child.wait_with_output().unwrap().status.signal(), Some(15));
     writer.join().unwrap();
-}
-
-/// Waits until a thread of the process waits for room in a socket.
-fn until_stuck(pid: u32) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    loop {
-        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
-        // 1 is write, 44 sendto, 20 writev.
-        let writing = |call: String| ["1 ", "20 ", "44 "].iter().any(|nr| call.starts_with(nr));
-        if tasks
-            .map(|t| t.path().join("syscall"))
-            .any(|p| std::fs::read_to_string(p).is_ok_and(writing))
-        {
-            return;
-        }
-        assert!(Instant::now() < deadline, "nothing gets stuck");
-        std::thread::yield_now();
-    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! Owns the run's connection: one thread collects what the program writes, so that a test may wait for any of it.
 
 use crate::control::Connection;
-use dunlin_proto::control::{ExitStatus, Reply, RunInput};
+use dunlin_proto::control::{ExitStatus, INPUT_WINDOW_BYTES, Reply, RunInput};
 use dunlin_proto::frame;
 use dunlin_proto::ids::Pid;
 use std::os::unix::net::UnixStream;
@@ -19,6 +19,7 @@ pub struct Run {
     /// Its PID.
     pub pid: Pid,
     input: UnixStream,
+    input_sent: u64,
     seen: Arc<(Mutex<Seen>, Condvar)>,
 }
 
@@ -26,6 +27,7 @@ pub struct Run {
 struct Seen {
     stdout: Vec<u8>,
     stderr: Vec<u8>,
+    input_taken: u64,
     end: Option<Result<ExitStatus, String>>,
 }
 
@@ -69,7 +71,7 @@ impl Run {
                     Ok(Reply::Output { stream: 1, bytes }) => seen.stdout.extend(bytes),
                     Ok(Reply::Output { bytes, .. }) => seen.stderr.extend(bytes),
                     // How much may be sent ahead is the command line's concern; the daemon takes what a test sends.
-                    Ok(Reply::InputTaken { .. }) => {}
+                    Ok(Reply::InputTaken { bytes }) => seen.input_taken += u64::from(bytes),
                     Ok(Reply::Exited(status)) => seen.end = Some(Ok(status)),
                     Ok(other) => seen.end = Some(Err(format!("the daemon answered {other:?}"))),
                     Err(e) => seen.end = Some(Err(format!("the connection of the run ended: {e}"))),
@@ -80,13 +82,21 @@ impl Run {
                 }
             }
         });
-        Run { pid, input, seen }
+        Run {
+            pid,
+            input,
+            input_sent: 0,
+            seen,
+        }
     }
 
     /// Writes to its standard input.
     #[track_caller]
     pub fn type_in(&mut self, text: &str) {
         for part in text.as_bytes().chunks(64 << 10) {
+            self.input_sent += part.len() as u64;
+            let taken = self.input_sent.saturating_sub(INPUT_WINDOW_BYTES);
+            self.until("room for its input", |seen| seen.input_taken >= taken);
             self.send(&RunInput::Stdin(part.to_vec()));
         }
     }

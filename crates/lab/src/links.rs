@@ -97,7 +97,7 @@ fn mark_netns_mount() -> Result<(), LabError> {
     fs::write(&marker, "").map_err(LabError::io("write", &marker))
 }
 
-/// Undoes what [`mark_netns_mount`] noted, once no namespace has a name.
+/// Undoes what `mark_netns_mount` noted, once no namespace has a name.
 pub fn unmark_netns_mount() -> Result<(), LabError> {
     let _names = lock::names()?;
     let marker = Path::new(LABS_DIR).with_file_name(MARKER);

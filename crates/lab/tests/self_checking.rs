@@ -66,7 +66,10 @@ fn signals_stay_pending_masked_and_handled() {
 
 #[test]
 fn timers_tick_and_sleeps_are_neither_cut_nor_lengthened() {
-    travels("timers", &[]);
+    // Not compared in full at the end: that takes long, and the kernel's select(2) counts no time while it is frozen.
+    let traveller = Traveller::start("timers", &[]);
+    journey(&traveller.lab, traveller.run.pid, false, || lives(&traveller.run));
+    traveller.end();
 }
 
 #[test]

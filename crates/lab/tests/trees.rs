@@ -93,7 +93,7 @@ fn a_pipeline_of_compressor_and_digest_ends_as_unmoved() {
     let run = lab
         .node("n1")
         .run_as(spec_in(&workshop.path(""), &["bash", "-c", &command]));
-    let moves = until_it_ends(&lab, run.pid, true);
+    let moves = until_it_ends(&lab, run.pid, true, 12);
     let ended = run.wait();
     assert_eq!(ended.status, ExitStatus::Code(0), "{ended:?}");
     assert_eq!(ended.stdout, String::from_utf8(unmoved.stdout).unwrap());

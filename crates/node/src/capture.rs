@@ -1,4 +1,4 @@
-//! Capture: a running process becomes a [`Plan`], and a stopped one an [`Essence`].
+//! Capture: a running process becomes a [`Plan`], and a stopped one an [`Essence`](dunlin_proto::image::Essence).
 //!
 //! Owns the source's side of a move as far as the process itself is concerned: the foothold, what is read while the
 //! program runs, and (in [`freeze`]) what is read while it is stopped. Refuses to know nodes, connections and
@@ -16,7 +16,7 @@ mod threads;
 mod trap;
 
 pub use descriptors::Met;
-pub use sleep::{monotonic_ns, remember};
+pub use sleep::{made_again, monotonic_ns, remember};
 pub use surroundings::Surroundings;
 pub use threads::{from_words, to_words};
 pub use trap::Trap;
@@ -479,7 +479,7 @@ fn read_traits(dir: &ProcDir, status: &Status, answers: &ProcessAnswers) -> Resu
 }
 
 /// CLOCK_MONOTONIC and CLOCK_BOOTTIME as the process sees them.
-fn clocks(dir: &ProcDir) -> [i64; 2] {
+pub fn clocks(dir: &ProcDir) -> [i64; 2] {
     use rustix::time::{ClockId, clock_gettime};
     let ours = |clock| {
         let now = clock_gettime(clock);

@@ -198,6 +198,7 @@ fn assemble(
     // Does not keep the node alive: a call to oneself is not answered by a node that has ended.
     let answer: Arc<dyn Answer> = Arc::new(inbound::NodeAnswer(Arc::downgrade(&node)));
     node.peers.set_own(answer);
+    node.mover.recover()?;
     let runs = node.runs.restore()?;
     let started = Workers::start(&node)?;
     if workers.set(started.clone()).is_err() {

@@ -66,13 +66,13 @@ impl Entries {
 
     /// The place for a process that arrives: its surrogate if it has one, otherwise a new blank under its parent's entry.
     pub fn place(&self, lineage: &Lineage) -> io::Result<Place> {
-        if let Some(host) = self.nest.host_pid(lineage.pid)? {
+        if let Some(host) = self.present(lineage.pid)? {
             return match self.hidden.kind(lineage.pid) {
                 Some(HiddenKind::Departed | HiddenKind::Relative) => Ok(Place {
                     host,
                     stood_before: true,
                 }),
-                Some(HiddenKind::Blank | HiddenKind::Keeper) | None => {
+                Some(HiddenKind::Blank | HiddenKind::Keeper | HiddenKind::Leaving) | None => {
                     Err(io::Error::other(format!("PID {} is in use here", lineage.pid)))
                 }
             };
@@ -102,7 +102,12 @@ impl Entries {
         if !leads && !own_group && self.nest.host_pid(lineage.pgid)?.is_none() {
             // The group's leader may have ended long ago at home: here somebody must hold the number.
             let session = self.relative(lineage.sid, lineage.sid)?;
-            self.make_under(session, lineage.pgid, Manner::Group(lineage.pgid), b"dunlin-group")?;
+            self.hidden.insert(lineage.pgid, HiddenKind::Relative);
+            let made = self.make_under(session, lineage.pgid, Manner::Group(lineage.pgid), b"dunlin-group");
+            if made.is_err() {
+                self.hidden.remove(lineage.pgid);
+            }
+            made?;
         }
         let manner = match (leads, own_group) {
             (true, _) => Manner::Session,
@@ -131,9 +136,22 @@ impl Entries {
         self.execute(thread, blank.pid, at, blank.scratch(), &dir, &comm)
     }
 
+    /// The task that has this number here, once one that is about to end has ended.
+    fn present(&self, pid: Pid) -> io::Result<Option<i32>> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let host = self.nest.host_pid(pid)?;
+            let leaving = host.is_some() && self.hidden.kind(pid) == Some(HiddenKind::Leaving);
+            if !leaving || Instant::now() >= deadline {
+                return Ok(host);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// The entry of a relative that lives elsewhere (or here, where it does): made if there is none.
     fn relative(&self, pid: Pid, sid: Pid) -> io::Result<i32> {
-        if let Some(host) = self.nest.host_pid(pid)? {
+        if let Some(host) = self.present(pid)? {
             return Ok(host);
         }
         self.hidden.insert(pid, HiddenKind::Relative);
@@ -290,7 +308,7 @@ impl Entries {
     /// has stopped. `place` is memory of it that may be overwritten.
     pub fn children(&self, maker: i32, place: u64, children: &[Child]) -> io::Result<()> {
         for child in children {
-            if self.nest.host_pid(child.pid)?.is_some() || self.hidden.kind(child.pid) == Some(HiddenKind::Keeper) {
+            if self.present(child.pid)?.is_some() || self.hidden.kind(child.pid) == Some(HiddenKind::Keeper) {
                 continue;
             }
             self.hidden.insert(child.pid, HiddenKind::Relative);
@@ -320,9 +338,22 @@ impl Entries {
         let Some(host) = self.nest.host_pid(pid)? else {
             return Ok(());
         };
-        if self.hidden.kind(pid).is_none() {
+        let Some(kind) = self.hidden.kind(pid) else {
             return Err(io::Error::other(format!("process {pid} is not a surrogate")));
+        };
+        if kind == HiddenKind::Leaving {
+            return Ok(());
         }
+        // Before it ends: its end is news to nobody but its parent here.
+        self.hidden.insert(pid, HiddenKind::Leaving);
+        let ended = self.end_as(host, status);
+        if ended.is_err() {
+            self.hidden.insert(pid, kind);
+        }
+        ended
+    }
+
+    fn end_as(&self, host: i32, status: ExitStatus) -> io::Result<()> {
         let running = Running::seize(
             host,
             Options {
@@ -350,9 +381,10 @@ impl Entries {
             && let Ok(Some(host)) = self.nest.host_pid(pid)
             && let Some(host) = rustix::process::Pid::from_raw(host)
         {
+            // It stays hidden until it is gone: the surrogate of its parent may tell of its end.
+            self.hidden.insert(pid, HiddenKind::Leaving);
             let _ = self.nest.unregister_surrogate(pid);
             let _ = rustix::process::kill_process(host, rustix::process::Signal::KILL);
-            self.hidden.remove(pid);
         }
     }
 }

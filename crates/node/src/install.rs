@@ -1,6 +1,6 @@
 //! Descriptors installed into a traced process, at numbers of our choice.
 //!
-//! The target makes one call that the nest's seccomp filter hands to us ([`trigger`]); while it waits, the descriptors
+//! The target makes one call that the nest's seccomp filter hands to us ([`Installer::install`]); while it waits, the descriptors
 //! are put into its table. Owns the pending installations. Refuses to know what the descriptors are. Invariant: a
 //! trigger without a pending installation is answered with ENOSYS, so that nobody waits for ever.
 

@@ -13,6 +13,8 @@ mod links;
 mod outgoing;
 mod payload;
 mod progress;
+mod recover;
+mod relatives;
 mod second_hand;
 
 pub use incoming::raw_clocks;
@@ -126,6 +128,8 @@ pub struct Parts {
 /// How many seccomp filters every process of a nest has: init's.
 const NEST_FILTERS: usize = 1;
 const TICK: Duration = Duration::from_millis(100);
+/// Surrogates that nobody needs any more are looked for every so many ticks.
+const SWEEP_TICKS: u32 = 10;
 
 impl Mover {
     /// A mover, with its thread that repeats what was not answered.
@@ -169,8 +173,13 @@ impl Mover {
         });
         let weak = Arc::downgrade(&mover);
         std::thread::Builder::new().name("mover-tick".into()).spawn(move || {
+            let mut ticks = 0u32;
             while let Some(mover) = weak.upgrade() {
                 mover.tick();
+                ticks = ticks.wrapping_add(1);
+                if ticks.is_multiple_of(SWEEP_TICKS) {
+                    mover.sweep();
+                }
                 drop(mover);
                 std::thread::sleep(TICK);
             }
@@ -298,55 +307,29 @@ impl Mover {
         Modulus(self.config.modulus)
     }
 
-    /// Clears away a process that runs elsewhere now: its memory stays with a keeper (whose host number comes back), and
-    /// of the process a surrogate where somebody here still needs its number.
-    fn leave_behind(&self, frozen: Frozen) -> io::Result<i32> {
+    /// Clears away a process that runs elsewhere now: its memory stays with a keeper (whose numbers come back), and
+    /// of the process a surrogate where somebody here still needs its number (who does not leave with it).
+    fn leave_behind(&self, frozen: Frozen, leaving: &[i32]) -> io::Result<(Pid, i32)> {
         let (pid, host) = (frozen.source.pid, frozen.source.host);
         let comm = ProcDir::process(host).bytes("comm")?;
         let left = frozen.into_image().map_err(io::Error::other)?;
-        self.hidden.insert(left.keeper, HiddenKind::Keeper);
-        let keeper = self.nest.host_pid(left.keeper)?.ok_or(io::ErrorKind::NotFound)?;
+        let number = left.keeper;
+        self.hidden.insert(number, HiddenKind::Keeper);
+        let keeper = self.nest.host_pid(number)?.ok_or(io::ErrorKind::NotFound)?;
         let kind = if self.modulus().home(pid) == Some(self.here) {
-            Some(HiddenKind::Departed)
+            HiddenKind::Departed
+        } else if self.has_relatives_here(pid, leaving) {
+            HiddenKind::Relative
         } else {
-            self.has_relatives_here(host, left.keeper)
-                .then_some(HiddenKind::Relative)
+            // Its end here is not its end: the surrogate of its parent sees it, and nobody is to be told.
+            HiddenKind::Leaving
         };
+        self.hidden.insert(pid, kind);
         match kind {
-            Some(kind) => {
-                self.hidden.insert(pid, kind);
-                self.entries.stay(left, pid, host, comm.trim_ascii_end())?;
-            }
-            None => left.exit().map_err(io::Error::other)?,
+            HiddenKind::Leaving => left.exit().map_err(io::Error::other)?,
+            _ => self.entries.stay(left, pid, host, comm.trim_ascii_end())?,
         }
-        Ok(keeper)
-    }
-
-    /// Whether the process has its parent or children here, as programs and not as surrogates.
-    fn has_relatives_here(&self, host: i32, keeper: Pid) -> bool {
-        let pid_of = |status: &dunlin_sys::procfs::status::Status| status.ns_pids.last().copied().map_or(Pid(0), Pid);
-        let parent = ProcDir::process(host)
-            .status()
-            .and_then(|s| ProcDir::process(s.ppid).status());
-        let has_parent =
-            parent.is_ok_and(|p| p.ns_pids.len() > 1 && pid_of(&p).0 > 1 && self.hidden.kind(pid_of(&p)).is_none());
-        let text = ProcDir::process(host)
-            .text(&format!("task/{host}/children"))
-            .unwrap_or_default();
-        let mut children = text.split_ascii_whitespace().filter_map(|n| n.parse::<i32>().ok());
-        has_parent
-            || children.any(|child| {
-                ProcDir::process(child)
-                    .status()
-                    .is_ok_and(|s| pid_of(&s) != keeper && self.hidden.kind(pid_of(&s)).is_none())
-            })
-    }
-
-    /// Ends the surrogates of relatives that no process here needs any more.
-    fn release_relatives(&self, relatives: &[Pid]) {
-        for relative in relatives.iter().filter(|pid| !self.arrivals.needs(**pid)) {
-            self.entries.discard(*relative);
-        }
+        Ok((number, keeper))
     }
 
     /// A process that came by a move has ended, or has not been there to be watched.
@@ -359,10 +342,13 @@ impl Mover {
     pub fn ended(&self, pid: Pid, status: ExitStatus) {
         let resident = self.residents.remove(pid);
         let arrival = self.arrivals.remove(pid);
+        if arrival.is_some() {
+            self.forget_arrival(pid);
+        }
         let (Some(resident), Some(arrival)) = (resident, arrival) else {
             return;
         };
-        self.release_relatives(&arrival.relatives);
+        self.sweep();
         self.ended_here(pid, &arrival.ids, resident.incarnation, status);
     }
 

@@ -1,4 +1,4 @@
-//! Restore: a blank becomes the process that a [`Plan`] and an [`Essence`] describe.
+//! Restore: a blank becomes the process that a [`Plan`] and an [`Essence`](dunlin_proto::image::Essence) describe.
 //!
 //! Owns the destination's side of a move as far as the process itself is concerned. Refuses to know nodes, connections
 //! and decisions. A *blank* is a process of the nest that already has the right PID, parent, group and session and runs
@@ -28,7 +28,7 @@ use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::{Options, TraceError};
 use dunlin_sys::script::ScriptError;
 use rustix::fs::OFlags;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -233,4 +233,6 @@ pub struct Common {
     pub descriptions: BTreeMap<u64, OwnedFd>,
     /// Pipes by number: reading end, writing end.
     pub pipes: BTreeMap<u64, (OwnedFd, OwnedFd)>,
+    /// Pipes that have their bytes: each process that has a reading end brings them along.
+    pub filled: BTreeSet<u64>,
 }

@@ -13,6 +13,7 @@ use dunlin_proto::control::{ExitStatus, Failure, FailureKind};
 use dunlin_proto::ids::Pid;
 use dunlin_proto::peer::{Caller, Change, PeerReply, PeerRequest};
 use dunlin_sys::pidfd;
+use dunlin_sys::procfs::ProcDir;
 use rustix::io::Errno;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -133,9 +134,15 @@ pub fn child_changed(node: &std::sync::Arc<Node>, child: Pid, change: Change) ->
         Change::Stopped => (number::STOP, Echo::Stop),
         Change::Continued => (number::CONT, Echo::Continue),
     };
-    let Some(surrogate) = node.nest.pidfd(child)? else {
+    let (Some(surrogate), Some(host)) = (node.nest.pidfd(child)?, node.nest.host_pid(child)?) else {
         return Ok(());
     };
+    // It is as it should be where it was the surrogate that was stopped or continued first: then there is no echo to be
+    // expected, and the next report of this kind is somebody's who means it.
+    let state = ProcDir::process(host).stat().map(|stat| stat.state);
+    if state.is_ok_and(|state| (state == 'T') == (echo == Echo::Stop)) {
+        return Ok(());
+    }
     node.hidden.expect_echo(child, echo);
     pidfd::send(surrogate, signal, None)
 }

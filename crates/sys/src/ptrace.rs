@@ -371,8 +371,8 @@ impl Stopped {
         Ok((rseq.pointer != 0).then_some(rseq))
     }
 
-    /// One of the thread's seccomp filters, the newest being 0, as an array of `sock_filter` in bytes; `None` past the
-    /// oldest. Needs CAP_SYS_ADMIN.
+    /// One of the thread's seccomp filters, the oldest being 0, as an array of `sock_filter` in bytes; `None` past the
+    /// newest. Needs CAP_SYS_ADMIN.
     pub fn seccomp_filter(&self, index: usize) -> Result<Option<Vec<u8>>, TraceError> {
         let ask = |buffer: usize| {
             request_count(

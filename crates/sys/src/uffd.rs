@@ -181,6 +181,8 @@ pub enum Stop {
     Exists,
     /// The next page is in no mapping registered here, or the mapping ends inside the range.
     NotRegistered,
+    /// There is no memory for the page at the moment.
+    NoMemory,
     /// The address space is gone: its last process exited or executed another program.
     Gone,
 }
@@ -226,6 +228,11 @@ pub enum UffdError {
 }
 
 impl UffdError {
+    /// It may pass by itself: there is no memory, or no room for a descriptor (a FORK event brings one; it stays unread).
+    pub fn is_shortage(&self) -> bool {
+        matches!(self.errno().0, libc::ENOMEM | libc::EMFILE | libc::ENFILE)
+    }
+
     /// The kernel's answer.
     pub fn errno(&self) -> Errno {
         match self {
@@ -479,6 +486,7 @@ fn installed(
         Err(Errno(libc::EEXIST)) => Stop::Exists,
         Err(Errno(libc::ENOENT)) => Stop::NotRegistered,
         Err(Errno(libc::ESRCH)) => Stop::Gone,
+        Err(Errno(libc::ENOMEM)) => Stop::NoMemory,
         Err(errno) => {
             return Err(UffdError::Range {
                 call,

@@ -47,7 +47,7 @@ pub enum SourceStage {
 /// What happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SourceEvent {
-    /// [`SourceMove::next_timeout`] may have passed.
+    /// The time of `SourceMove::next_timeout` may have passed.
     Tick,
     /// A word of the home.
     FromHome(Slot, HomeToSource),

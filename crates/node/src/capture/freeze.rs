@@ -33,6 +33,8 @@ pub struct Frozen {
     threads: Vec<FrozenThread>,
     stopped_by: Option<i32>,
     trap: Trap,
+    /// The signals that the essence says are pending for the process or for its first thread.
+    pending: Vec<i32>,
 }
 
 impl Source {
@@ -45,6 +47,7 @@ impl Source {
                 threads,
                 stopped_by,
                 trap,
+                pending: Vec::new(),
             }),
             Err(error) => Err((Box::new(self), error)),
         }
@@ -202,6 +205,9 @@ impl Frozen {
         for (timer, host) in signals.timers.iter_mut().zip(&process.timer_threads) {
             timer.thread = self.source.tids.get(host).copied();
         }
+        let leaders = images.first().map_or(&[][..], |image| &image.pending);
+        let number = |info: &Vec<u8>| info.first_chunk::<4>().map(|word| i32::from_le_bytes(*word));
+        self.pending = leaders.iter().chain(&signals.pending).filter_map(number).collect();
         let mut obstacles = Vec::new();
         let space = self.space_now(process.brk, &mut obstacles)?;
         let files = self.files_now(around, met, &mut obstacles)?;
@@ -394,8 +400,16 @@ impl Frozen {
         const SYS_CLOSE_RANGE: i64 = 436;
         const SYS_CLONE: i64 = 56;
         const CLONE_VM: u64 = 0x100;
-        const SIGCHLD: u64 = 17;
-        let Frozen { source, threads, .. } = self;
+        const SYS_SETITIMER: i64 = 38;
+        /// SIGALRM, SIGVTALRM, SIGPROF.
+        const ITIMER_SIGNALS: [i32; 3] = [14, 26, 27];
+        const SI_KERNEL: i32 = 0x80;
+        let Frozen {
+            source,
+            threads,
+            pending,
+            ..
+        } = self;
         for thread in &threads {
             let mut script = Script::new(&source.foothold.arena);
             script.attempt("set_tid_address", SYS_SET_TID_ADDRESS, &[0]);
@@ -410,8 +424,26 @@ impl Frozen {
         let leader = Stopped::assume(source.host);
         leader.set_signal_mask(SCRIPT_MASK)?;
         let mut script = Script::new(&source.foothold.arena);
+        // Its timers tick on: exec keeps those of setitimer(2), and a surrogate passes on every signal it gets.
+        let off = script.bytes(&[0; 32]);
+        for which in 0..3 {
+            script.attempt("setitimer", SYS_SETITIMER, &[which, off.address, 0]);
+        }
+        for signal in pending {
+            add_take(&mut script, signal);
+        }
+        let (leader, _) = script.run(leader)?;
+        let mut script = Script::new(&source.foothold.arena);
+        for info in leader.pending_signals(true)? {
+            let [signal, code] =
+                [0, 8].map(|at| i32::from_le_bytes([info[at], info[at + 1], info[at + 2], info[at + 3]]));
+            if ITIMER_SIGNALS.contains(&signal) && code == SI_KERNEL {
+                add_take(&mut script, signal);
+            }
+        }
         script.attempt("close_range", SYS_CLOSE_RANGE, &[0, u64::from(u32::MAX), 0]);
-        let keeper = script.child_parks("clone", SYS_CLONE, &[CLONE_VM | SIGCHLD, 0, 0, 0, 0]);
+        // With no signal at its end: should the process come home first, its wait(2) does not see the keeper.
+        let keeper = script.child_parks("clone", SYS_CLONE, &[CLONE_VM, 0, 0, 0, 0]);
         let (leader, answers) = script.run(leader)?;
         let keeper = Pid(answers.of(keeper) as i32);
         leader.set_signal_mask(u64::MAX)?;
@@ -469,19 +501,64 @@ impl LeftBehind {
             suspend_seccomp: true,
             ..Options::default()
         })?;
+        self.keep_capabilities()?;
         let at = self.foothold.syscall_at;
         let (leader, _) = self.leader.inject(at, SYS_SETRESUID, [KEEP, 0, KEEP, 0, 0, 0])?;
         Ok((leader, at, self.foothold.arena.base() + PAGE))
     }
 }
 
+impl LeftBehind {
+    /// An exec by an ordinary user keeps the ambient capabilities alone, and what is lost here cannot be given back to
+    /// the process when it comes home: all permitted ones become ambient.
+    fn keep_capabilities(&self) -> Result<(), CaptureError> {
+        const SYS_CAPSET: i64 = 126;
+        const SYS_PRCTL: i64 = 157;
+        const PR_CAP_AMBIENT: u64 = 47;
+        const RAISE: u64 = 2;
+        const VERSION: u32 = 0x2008_0522;
+        let status = ProcDir::process(self.leader.tid()).status()?;
+        let permitted = status.capabilities[1];
+        if permitted == 0 || status.uids[..3].contains(&0) {
+            return Ok(());
+        }
+        let mut script = Script::new(&self.foothold.arena);
+        let header = script.bytes(&[VERSION.to_le_bytes(), [0; 4]].concat());
+        let sets = [permitted as u32, (permitted >> 32) as u32].map(|half| [half.to_le_bytes(); 3].concat());
+        let sets = script.bytes(&sets.concat());
+        script.attempt("capset", SYS_CAPSET, &[header.address, sets.address]);
+        for capability in (0..64).filter(|c| permitted & (1 << c) != 0) {
+            script.attempt("prctl", SYS_PRCTL, &[PR_CAP_AMBIENT, RAISE, capability, 0, 0]);
+        }
+        self.leader.set_signal_mask(SCRIPT_MASK)?;
+        let (leader, _) = script.run(Stopped::assume(self.leader.tid()))?;
+        Ok(leader.set_signal_mask(u64::MAX)?)
+    }
+}
+
 pub(super) fn own_filters(leader: &Stopped, count: Option<u32>, nest: usize) -> Result<Vec<Vec<u8>>, CaptureError> {
-    let own = (count.unwrap_or(0) as usize).saturating_sub(nest);
-    let mut filters = Vec::with_capacity(own);
-    for index in (0..own).rev() {
+    let count = count.unwrap_or(0) as usize;
+    let mut filters = Vec::with_capacity(count.saturating_sub(nest));
+    // The nest's come first: the oldest has number 0.
+    for index in nest..count {
         filters.extend(leader.seccomp_filter(index)?);
     }
     Ok(filters)
+}
+
+/// Takes the oldest pending signal of a number, without waiting: it runs elsewhere with the process.
+fn add_take(script: &mut Script<'_>, signal: i32) {
+    const SYS_RT_SIGTIMEDWAIT: i64 = 128;
+    if !(1..=64).contains(&signal) {
+        return;
+    }
+    let set = script.bytes(&(1u64 << (signal - 1)).to_le_bytes());
+    let no_time = script.bytes(&[0; 16]);
+    script.attempt(
+        "rt_sigtimedwait",
+        SYS_RT_SIGTIMEDWAIT,
+        &[set.address, 0, no_time.address, 8],
+    );
 }
 
 /// The living and ended children of a process, but for its keepers (which have no say in its life).

@@ -15,8 +15,8 @@ pub struct Arrival {
     pub ids: Vec<Pid>,
     /// Which move left each image that it may still need.
     pub images: BTreeMap<ImageId, MoveId>,
-    /// Its address space, as the pager serves (or served) it.
-    pub space: SpaceHandle,
+    /// Its address space, as the pager serves (or served) it; unknown of one that came in a former daemon's time.
+    pub space: Option<SpaceHandle>,
     /// Relatives that have surrogates here for its sake.
     pub relatives: Vec<Pid>,
     /// How many of its pages were compared with the original before it ran.

@@ -5,6 +5,7 @@
 
 use super::arrivals::Arrival;
 use super::payload::{self, Frozen, FrozenProcess, Prepare, Prepared, Proposal};
+use super::recover::ArrivalRecord;
 use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock};
 use crate::obstacle::obstacle;
@@ -46,6 +47,11 @@ impl Mover {
             tracing::error!(%id, %error, "no thread for an arriving process");
             lock(&self.destinations).remove(&id);
         }
+    }
+
+    /// Goes on with an arrival of a former daemon's time, whatever became of it.
+    pub(super) fn go_on_arriving(&self, id: MoveId, machine: DestinationMove, words: &Receiver<Word>) {
+        Incoming::new(self.arc(), id).go(machine, words);
     }
 
     /// Could these processes be restored here?
@@ -461,18 +467,30 @@ impl Incoming {
                 elsewhere: Arc::new(elsewhere),
             },
         );
+        let ids = member.map(|m| m.ids.clone()).unwrap_or_default();
+        let relatives = std::mem::take(&mut self.relatives[index]);
         let mut images: BTreeMap<ImageId, MoveId> = process.images.iter().copied().collect();
         images.insert(self.prepared[index].image, self.id);
         mover.arrivals.insert(
             pid,
             Arrival {
-                ids: member.map(|m| m.ids.clone()).unwrap_or_default(),
-                images,
-                space,
-                relatives: std::mem::take(&mut self.relatives[index]),
+                ids: ids.clone(),
+                images: images.clone(),
+                space: Some(space),
+                relatives: relatives.clone(),
                 verified_pages: self.verified.get(&pid).copied(),
             },
         );
+        mover.remember_arrival(&ArrivalRecord {
+            pid,
+            moves: lineage.moves + 1,
+            command: lineage.command.clone(),
+            incarnation,
+            ids,
+            images: images.into_iter().collect(),
+            relatives,
+            uid: process.essence.traits.uids[0],
+        });
         lock(&mover.busy).insert(pid, self.id);
         mover.hidden.remove(pid);
         match mover.nest.pidfd(pid) {
@@ -494,13 +512,12 @@ impl Incoming {
                 let restored = self.mover.entries.stand_again(blank);
                 self.mover.log("making a surrogate stand again", restored);
             } else {
+                // Its end is nobody's: the surrogate of its parent will tell of it.
+                self.mover.hidden.insert(pid, HiddenKind::Leaving);
                 blank.destroy();
-                self.mover.hidden.remove(pid);
             }
         }
-        for relatives in std::mem::take(&mut self.relatives) {
-            self.mover.release_relatives(&relatives);
-        }
+        self.relatives.clear();
         self.spaces.clear();
         self.common = Common::default();
     }

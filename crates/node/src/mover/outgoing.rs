@@ -5,6 +5,7 @@
 
 use super::payload::{self, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared, Proposal};
 use super::progress::{Times, phase};
+use super::recover::ImageRecord;
 use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock, random};
 use crate::capture::freeze::Frozen;
@@ -14,14 +15,16 @@ use crate::page_server::NewImage;
 use crate::pager::{NewSpace, Withdrawn};
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::home::HomeEvent;
-use dunlin_cluster::relocation::source::{Plan, SourceAction, SourceEvent, SourceMove, SourceReport};
+use dunlin_cluster::relocation::source::{
+    Plan, SourceAction, SourceEvent, SourceMove, SourceRecord, SourceReport, WhyNot,
+};
 use dunlin_proto::control::{
-    Failure, FailureKind, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, WaitFor,
+    Failure, FailureKind, MoveMode, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, WaitFor,
 };
 use dunlin_proto::ids::{ImageId, MoveId, Pid, Slot};
 use dunlin_proto::image::{Lineage, MappingKind, Plan as ProcessPlan};
 use dunlin_proto::peer::{PeerReply, PeerRequest};
-use dunlin_proto::relocation::{Claim, Member};
+use dunlin_proto::relocation::{Claim, LeaseRefusal, Member};
 use dunlin_sys::procfs::ProcDir;
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
@@ -141,7 +144,7 @@ impl Mover {
             }
         }
         for source in &sources {
-            let watched = source.is_watched() && self.arrivals.get(source.pid).is_none();
+            let watched = source.is_watched() && self.arrivals.get(source.pid).is_none_or(|a| a.space.is_none());
             if watched {
                 obstacles.push(obstacle(
                     source.pid,
@@ -173,7 +176,7 @@ impl Mover {
     }
 
     /// All processes of the nest: host numbers and PIDs.
-    fn neighbours(&self) -> Vec<(i32, Pid)> {
+    pub(super) fn neighbours(&self) -> Vec<(i32, Pid)> {
         let mut found = Vec::new();
         let mut queue = vec![self.nest.init_pid()];
         while let Some(host) = queue.pop() {
@@ -276,6 +279,7 @@ struct Outgoing<'a> {
     withdrawn: BTreeMap<Pid, Withdrawn>,
     images: BTreeMap<Pid, ImageId>,
     keepers: BTreeMap<Pid, i32>,
+    regions: BTreeMap<Pid, Vec<(u64, u64)>>,
     times: Times,
     reporter: &'a Reporter,
     told: bool,
@@ -284,7 +288,58 @@ struct Outgoing<'a> {
     tight: bool,
 }
 
+/// Goes on with a move of a former daemon, of which these images are left: who asked for it is not told.
+pub(super) fn go_on(mover: &Arc<Mover>, record: SourceRecord, images: Vec<(ImageRecord, i32)>, words: &Receiver<Word>) {
+    let (reporter, _) = channel();
+    let plan = record.plan;
+    let request = MoveRequest {
+        pid: images.first().map_or(Pid(0), |(image, _)| image.pid),
+        to: mover.config.name_of(plan.destination),
+        tree: false,
+        mode: MoveMode::Demand,
+        wait: WaitFor::Resumed,
+        verify: false,
+    };
+    let mut this = Outgoing::new(mover.clone(), request, plan, Vec::new(), &reporter);
+    this.told = true;
+    for (image, keeper) in images {
+        this.images.insert(image.pid, image.id);
+        this.keepers.insert(image.pid, keeper);
+    }
+    let mut machine = SourceMove::recover(mover.now(), record, this.limits());
+    // The outcome is for who asked.
+    let _ = this.drive(&mut machine, words);
+}
+
 impl<'a> Outgoing<'a> {
+    fn new(
+        mover: Arc<Mover>,
+        request: MoveRequest,
+        plan: Plan,
+        party: Vec<(Pid, i32)>,
+        reporter: &'a Reporter,
+    ) -> Outgoing<'a> {
+        Outgoing {
+            mover,
+            request,
+            plan,
+            party,
+            met: Vec::new(),
+            sources: Vec::new(),
+            frozen: Vec::new(),
+            withdrawn: BTreeMap::new(),
+            images: BTreeMap::new(),
+            keepers: BTreeMap::new(),
+            regions: BTreeMap::new(),
+            times: Times::start(),
+            reporter,
+            told: false,
+            events: Vec::new(),
+            early: Vec::new(),
+            tight: false,
+        }
+    }
+
     fn run(mover: Arc<Mover>, request: MoveRequest, reporter: &'a Reporter) -> Result<(), MoveOutcome> {
         let times = Times::start();
         let pid = request.pid;
@@ -302,6 +357,11 @@ impl<'a> Outgoing<'a> {
                 None,
             ))
         })?;
+        if request.mode != MoveMode::Demand {
+            let message = format!("process {pid} was not moved: only --mode demand exists so far; it runs on here");
+            let hint = Some("leave --mode away; dirty tracking for precopy and hybrid is in `node::dirty`, unused yet");
+            return Err(MoveOutcome::Failed(failure(FailureKind::Invalid, message, hint)));
+        }
         if to == mover.here {
             let message = format!("process {pid} is on {} already", request.to);
             return Err(MoveOutcome::Failed(failure(FailureKind::Invalid, message, None)));
@@ -317,24 +377,8 @@ impl<'a> Outgoing<'a> {
             home,
             destination: to,
         };
-        let mut this = Outgoing {
-            mover: mover.clone(),
-            request,
-            plan,
-            party,
-            met: Vec::new(),
-            sources: Vec::new(),
-            frozen: Vec::new(),
-            withdrawn: BTreeMap::new(),
-            images: BTreeMap::new(),
-            keepers: BTreeMap::new(),
-            times,
-            reporter,
-            told: false,
-            events: Vec::new(),
-            early: Vec::new(),
-            tight: false,
-        };
+        let mut this = Outgoing::new(mover.clone(), request, plan, party, reporter);
+        this.times = times;
         let outcome = this.go();
         lock(&mover.sources).remove(&id);
         lock(&mover.busy).retain(|_, by| *by != id);
@@ -371,6 +415,11 @@ impl<'a> Outgoing<'a> {
             cpu_features: super::incoming::cpu_features(),
         });
         let mut machine = SourceMove::start(self.mover.now(), self.plan, self.limits(), claims, proposal);
+        self.drive(&mut machine, &words)
+    }
+
+    /// Does what the machine says until it has nothing more to say.
+    fn drive(&mut self, machine: &mut SourceMove, words: &Receiver<Word>) -> Result<(), MoveOutcome> {
         let mut last_report = Instant::now();
         loop {
             while let Some(action) = machine.poll_action() {
@@ -381,7 +430,7 @@ impl<'a> Outgoing<'a> {
             }
             let event = match self.events.pop() {
                 Some(event) => event,
-                None => self.wait(&words, machine.next_timeout()),
+                None => self.wait(words, machine.next_timeout()),
             };
             // A copy whose pages are few has them all before it is known here that it runs.
             if matches!(event, SourceEvent::Drained(..)) && self.times.resumed.is_none() {
@@ -463,6 +512,14 @@ impl<'a> Outgoing<'a> {
     fn reported(&mut self, report: SourceReport) -> Result<(), MoveOutcome> {
         match report {
             SourceReport::Failed(why) => {
+                // An abort that this node has not heard of: known now, so that the next attempt is leased.
+                if let WhyNot::NotLeased(LeaseRefusal::Incarnation { pid, actual }) = &why {
+                    let claim = Claim {
+                        pid: *pid,
+                        incarnation: *actual,
+                    };
+                    self.mover.decide(HomeEvent::Raise(vec![claim]));
+                }
                 self.sources.drain(..).for_each(Source::abandon);
                 let message = format!(
                     "process {} was not moved: {why}; it runs on {}",
@@ -634,7 +691,7 @@ impl<'a> Outgoing<'a> {
         let mut map = None;
         let mut images = Vec::new();
         if let Some(arrival) = &arrival
-            && let Ok(withdrawn) = arrival.space.withdraw()
+            && let Some(Ok(withdrawn)) = arrival.space.as_ref().map(|space| space.withdraw())
         {
             map = Some(withdrawn.map.to_image());
             images = arrival.images.iter().map(|(image, by)| (*image, *by)).collect();
@@ -642,12 +699,14 @@ impl<'a> Outgoing<'a> {
         }
         if let Some(image) = self.images.get(&pid) {
             let memory = frozen.memory()?;
+            let regions = regions(&frozen.source.plan);
+            self.regions.insert(pid, regions.clone());
             self.mover.images.register(NewImage {
                 id: *image,
                 mem: memory.memory,
                 pagemap: memory.pagemap,
                 keeper: None,
-                regions: regions(&frozen.source.plan),
+                regions,
                 on_unused: self.on_unused(pid),
             });
         }
@@ -658,6 +717,9 @@ impl<'a> Outgoing<'a> {
                 .into_iter()
                 .filter(|id| *id != pid && id.0 > 100),
         );
+        // A child that has ended and is not yet waited for keeps its number.
+        let ended = essence.lineage.children.iter().filter(|child| child.ended.is_some());
+        ids.extend(ended.map(|child| child.pid));
         ids.sort_unstable();
         ids.dedup();
         let left_by = images.iter().map(|(_, by)| *by).collect();
@@ -706,25 +768,40 @@ impl<'a> Outgoing<'a> {
 
     fn make_images(&mut self) {
         let to = self.plan.destination;
+        let leaving: Vec<i32> = self.party.iter().map(|(_, host)| *host).collect();
         for frozen in std::mem::take(&mut self.frozen) {
             let pid = frozen.source.pid;
             let streams = frozen.source.streams();
             self.mover.exits.left(pid);
-            match self.mover.leave_behind(frozen) {
-                Ok(keeper) => {
+            match self.mover.leave_behind(frozen, &leaving) {
+                Ok((number, keeper)) => {
                     self.keepers.insert(pid, keeper);
+                    self.remember_image(pid, number);
                 }
                 Err(error) => tracing::error!(%pid, %error, "a departed process was not cleared away"),
             }
             self.mover.streams.departed(pid, &streams, to);
             self.mover.residents.remove(pid);
-            if let Some(arrival) = self.mover.arrivals.remove(pid) {
-                self.mover.release_relatives(&arrival.relatives);
+            if self.mover.arrivals.remove(pid).is_some() {
+                self.mover.forget_arrival(pid);
             }
             // The new node has claimed the older images by now, or will be told of them by its own map.
             if let Some(withdrawn) = self.withdrawn.remove(&pid) {
                 self.mover.hand_over(withdrawn);
             }
+        }
+        self.mover.sweep();
+    }
+
+    fn remember_image(&mut self, pid: Pid, keeper: Pid) {
+        if let Some(id) = self.images.get(&pid) {
+            self.mover.remember_image(&ImageRecord {
+                id: *id,
+                by: self.plan.move_id,
+                pid,
+                keeper,
+                regions: self.regions.remove(&pid).unwrap_or_default(),
+            });
         }
     }
 
@@ -732,10 +809,9 @@ impl<'a> Outgoing<'a> {
         if let Some(image) = self.images.get(&pid) {
             self.mover.images.remove(*image);
         }
-        if let Some(keeper) = self.keepers.remove(&pid)
-            && let Some(keeper) = rustix::process::Pid::from_raw(keeper)
-        {
-            let _ = rustix::process::kill_process(keeper, rustix::process::Signal::KILL);
+        if let Some(keeper) = self.keepers.remove(&pid) {
+            self.mover.end_keeper(keeper);
+            self.mover.drop_image_record(self.plan.move_id, pid);
         }
     }
 }
@@ -798,7 +874,7 @@ impl Mover {
         match self.pager.adopt(space) {
             Ok(handle) => {
                 if let Some(mut arrival) = self.arrivals.get(pid) {
-                    arrival.space = handle;
+                    arrival.space = Some(handle);
                     self.arrivals.insert(pid, arrival);
                 }
             }

@@ -48,7 +48,7 @@ impl Mover {
     /// What this node knows of the drain of a process that came here.
     pub fn drain_here(&self, pid: Pid) -> Option<Drain> {
         let arrival = self.arrivals.get(pid)?;
-        let progress = arrival.space.progress();
+        let progress = arrival.space?.progress();
         Some(Drain {
             pages_total: progress.pages_total,
             pages_left: progress.pages_left,

@@ -29,6 +29,9 @@ use std::time::{Duration, Instant};
 const SPIN_AFTER: Duration = Duration::from_micros(80);
 /// An open fault is awaited awake for so long.
 const SPIN_DURING: Duration = Duration::from_millis(1);
+/// How long a shortage is given to pass, and what is said of it.
+pub(super) const PAUSE: Duration = Duration::from_millis(1);
+pub(super) const SHORTAGE: &str = "this node is short of memory or descriptors: its programs wait";
 /// So often it is checked that spaces which wait for unreachable holders still exist.
 const LIFE_CHECK: Duration = Duration::from_secs(1);
 
@@ -39,6 +42,8 @@ pub(super) struct Holder {
     pub(super) claim: Arc<()>,
     /// It has been up once: the claim is known to the holder.
     pub(super) claimed: bool,
+    /// What came in bulk lies unread for the sake of faults.
+    pub(super) bulk_waits_since: Option<Instant>,
 }
 
 /// What arrived and could not be installed everywhere yet.
@@ -142,6 +147,7 @@ impl Family {
                 store: Box::new(link),
                 claim: Arc::new(()),
                 claimed: false,
+                bulk_waits_since: None,
             };
             family.holders.insert(image, holder);
         }
@@ -222,6 +228,11 @@ impl Family {
             while let Some(index) = self.index_of(*id) {
                 let happened = match self.spaces[index].read_events() {
                     Ok(happened) => happened,
+                    Err(error) if error.is_shortage() => {
+                        self.spaces[index].shared.update(|s| s.trouble = Some(SHORTAGE.into()));
+                        std::thread::sleep(PAUSE);
+                        break;
+                    }
                     Err(error) => {
                         self.lose(index, &error);
                         break;

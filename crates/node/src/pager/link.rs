@@ -19,7 +19,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
-/// Requests in flight on the bulk connection: at 256 KiB each enough for 10 Gbit/s over 3 ms.
+/// Requests in flight on the bulk connection: at 256 KiB each enough for 10 Gbit/s over 3 ms, and for a holder or a pager
+/// that has to wait for a CPU.
 const WINDOW: usize = 16;
 /// A page behind so many bulk replies comes sooner if it is asked for again.
 const SOON: usize = 2;
@@ -161,6 +162,13 @@ impl Store for Link {
     fn wanted(&mut self, want: Want, urgency: Urgency) {
         if let Some(lane) = self.lane(urgency) {
             lane.ask_pages(want);
+        }
+    }
+
+    fn is_urgent(&self) -> bool {
+        match &self.state {
+            State::Up(lanes) => lanes.faults.outstanding() > 0,
+            State::Connecting(_) | State::Pausing(_) | State::Broken { .. } | State::Released => false,
         }
     }
 

@@ -17,6 +17,10 @@ use std::time::Instant;
 const ZERO_CLUSTER: u64 = 16;
 /// The first and the largest number of pages fetched ahead of a fault.
 const AHEAD: (u64, u64) = (8, 256);
+/// A fault so many bytes beyond what was fetched still belongs to the stream.
+const AHEAD_GAP: u64 = 16 * PAGE;
+/// So many streams of faults are followed at once.
+const STREAMS: usize = 4;
 
 /// One address space.
 pub(super) struct Space {
@@ -27,7 +31,7 @@ pub(super) struct Space {
     waiting: BTreeMap<u64, Instant>,
     /// Some that wait may be answered without any store.
     pub(super) recheck: bool,
-    ahead: Ahead,
+    streams: [Stream; STREAMS],
     unregistered: bool,
     /// Counts the changes of the space that have been applied.
     changes: u64,
@@ -42,6 +46,8 @@ pub(super) enum Outcome {
     Done,
     /// The space is changing: read events, then decide again.
     Changing,
+    /// There is no memory: try again a little later.
+    Short,
     /// The space is gone.
     Gone,
 }
@@ -67,9 +73,10 @@ pub(super) struct Happened {
     pub(super) messages: usize,
 }
 
-/// Reads ahead of sequential faults, twice as far each time.
-#[derive(Default)]
-struct Ahead {
+/// Faults that follow one another: from the last one to the end of what has been asked for.
+#[derive(Clone, Copy, Default)]
+struct Stream {
+    start: u64,
     end: u64,
     pages: u64,
 }
@@ -82,7 +89,7 @@ impl Space {
             shared,
             waiting: BTreeMap::new(),
             recheck: false,
-            ahead: Ahead::default(),
+            streams: [Stream::default(); STREAMS],
             unregistered: false,
             changes: 0,
             strike: None,
@@ -151,7 +158,7 @@ impl Space {
             Place::Away { image, source, asked } => Ok(Need::Page { image, source, asked }),
             Place::NotAway => Ok(match self.zero(page)? {
                 Outcome::Done => Need::Nothing,
-                Outcome::Changing => {
+                Outcome::Changing | Outcome::Short => {
                     self.recheck = true;
                     Need::Nothing
                 }
@@ -182,6 +189,7 @@ impl Space {
             match stopped {
                 Some(Stop::Gone) => return Ok(Outcome::Gone),
                 Some(Stop::Changing) => return Ok(Outcome::Changing),
+                Some(Stop::NoMemory) => return Ok(Outcome::Short),
                 // The cluster may cross the end of a mapping.
                 Some(Stop::NotRegistered) if pages > 1 => pages = 1,
                 Some(Stop::NotRegistered) if !self.strikes(page) => return Ok(Outcome::Changing),
@@ -251,6 +259,7 @@ impl Space {
             match stopped {
                 Some(Stop::Gone) => return Ok(Outcome::Gone),
                 Some(Stop::Changing) => return Ok(Outcome::Changing),
+                Some(Stop::NoMemory) => return Ok(Outcome::Short),
                 Some(Stop::NotRegistered) if part.len() > PAGE as usize => {
                     chunk = (part.len() / PAGE as usize / 2).max(1) * PAGE as usize;
                 }
@@ -280,23 +289,31 @@ impl Space {
         self.shared.pushed.fetch_add(pages - faulted, Ordering::Relaxed);
     }
 
-    /// How many pages to fetch along with the one at `page`.
+    /// Up to which address to fetch along with the page at `page`. Nothing more than that page, unless the program goes
+    /// through its memory in order; then twice as far each time.
     pub(super) fn read_ahead(&mut self, page: u64) -> u64 {
-        let next = self.ahead.end..=self.ahead.end + AHEAD.1 * PAGE;
-        let before = self.ahead.end.saturating_sub(AHEAD.1 * PAGE)..self.ahead.end;
-        let pages = if next.contains(&page) {
-            (self.ahead.pages * 2).min(AHEAD.1)
-        } else if before.contains(&page) && self.ahead.pages > 0 {
-            // Still inside what is on its way.
-            return self.ahead.end.saturating_sub(page) / PAGE;
-        } else {
-            AHEAD.0
+        let after = page + PAGE;
+        let Some(known) = self
+            .streams
+            .iter()
+            .position(|s| (s.start..=s.end + AHEAD_GAP).contains(&page))
+        else {
+            self.streams.rotate_right(1);
+            self.streams[0] = Stream {
+                start: page,
+                end: after,
+                pages: 0,
+            };
+            return after;
         };
-        self.ahead = Ahead {
-            end: page + (pages + 1) * PAGE,
-            pages,
-        };
-        pages
+        let stream = &mut self.streams[known];
+        stream.start = page;
+        // Still in the first half of what is on its way: that is enough.
+        if stream.end.saturating_sub(page) / PAGE <= stream.pages.div_ceil(2) {
+            stream.pages = (stream.pages * 2).clamp(AHEAD.0, AHEAD.1);
+            stream.end = stream.end.max(after) + stream.pages * PAGE;
+        }
+        stream.end
     }
 
     /// Stops watching, all pages being here. What grew unseen (a stack, an mremap) is found in the maps of the process,

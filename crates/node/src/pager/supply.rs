@@ -1,17 +1,20 @@
 //! The family's dealings with its stores: asking for pages, and installing what arrives.
 
 use super::claims::Probe;
-use super::family::{Family, InHand};
+use super::family::{Family, InHand, PAUSE, SHORTAGE};
 use super::space::{Need, Outcome};
 use super::store::{Arrival, Urgency};
 use super::{Finish, SpaceId};
 use dunlin_cluster::page_map::{PAGE, Want};
 use dunlin_proto::ids::ImageId;
 use dunlin_sys::pagemap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// When so many pages have come on the faults connection, events are looked at again.
 const PAGES_PER_TURN: u32 = 64;
+/// The bulk is left lying for so long while a page is awaited on the faults connection. It takes about as long to
+/// install one piece of it: a program that faults all the time and the drain share the pager.
+const STAND_BACK: Duration = Duration::from_micros(150);
 
 impl Family {
     /// A thread of a space waits for a page: answers it, or asks for it and for what is likely to be next.
@@ -43,8 +46,11 @@ impl Family {
                 Urgency::Now,
             );
         }
-        let ahead = self.spaces[index].read_ahead(page);
-        let (mut at, end) = (page + PAGE, page + (ahead + 1) * PAGE);
+        if let Some(holder) = self.holders.get_mut(&image) {
+            // Not only at the end of the turn: the program waits.
+            holder.store.flush();
+        }
+        let (mut at, end) = (page + PAGE, self.spaces[index].read_ahead(page));
         while at < end {
             match self.spaces[index].map.ahead(at, (end - at) / PAGE) {
                 Some(want) if want.image == image => self.ask_for(want, Urgency::Now),
@@ -79,13 +85,27 @@ impl Family {
                 }
                 self.arrived(image, arrival);
             }
-            // While something cannot be installed, more of the same would only pile up.
+            // While something cannot be installed, more of the same would only pile up; and while a program waits,
+            // the bulk stands back, but not for ever.
             if self.in_hand.is_empty()
+                && !self.stands_back(image, now)
                 && let Some(arrival) = self.take(image, Urgency::Later)
             {
                 self.arrived(image, arrival);
             }
         }
+    }
+
+    fn stands_back(&mut self, image: ImageId, now: Instant) -> bool {
+        let Some(holder) = self.holders.get_mut(&image).filter(|h| h.store.is_urgent()) else {
+            return false;
+        };
+        let since = *holder.bulk_waits_since.get_or_insert(now);
+        let back = now.duration_since(since) < STAND_BACK;
+        if !back {
+            holder.bulk_waits_since = None;
+        }
+        back
     }
 
     fn take(&mut self, image: ImageId, urgency: Urgency) -> Option<Arrival> {
@@ -149,6 +169,11 @@ impl Family {
             match outcome {
                 Ok(Outcome::Done) => {}
                 Ok(Outcome::Changing) => again = true,
+                Ok(Outcome::Short) => {
+                    self.spaces[index].shared.update(|s| s.trouble = Some(SHORTAGE.into()));
+                    std::thread::sleep(PAUSE);
+                    again = true;
+                }
                 Ok(Outcome::Gone) => self.finish(index, Finish::Gone),
                 Err(error) => self.lose(index, &error),
             }

@@ -24,6 +24,8 @@ pub enum HiddenKind {
     Keeper,
     /// Will be a process, when a move arrives.
     Blank,
+    /// Is about to end because this daemon wants it to: nobody is to be told.
+    Leaving,
 }
 
 /// A job-control change that this daemon causes in a surrogate, and that its surrogate will therefore report.
@@ -38,6 +40,8 @@ pub enum Echo {
 #[derive(Debug)]
 struct HiddenTask {
     kind: HiddenKind,
+    /// When it became that.
+    since: Instant,
     /// When each was announced.
     echoes: Vec<(Echo, Instant)>,
 }
@@ -50,7 +54,8 @@ impl Hidden {
     /// From now on `pid` is hidden; a second call changes its kind.
     pub fn insert(&self, pid: Pid, kind: HiddenKind) {
         let echoes = Vec::new();
-        self.lock().insert(pid, HiddenTask { kind, echoes });
+        let since = Instant::now();
+        self.lock().insert(pid, HiddenTask { kind, since, echoes });
     }
 
     /// From now on `pid` is a process, or nothing. Says what it was.
@@ -61,6 +66,13 @@ impl Hidden {
     /// What `pid` is, if it is hidden.
     pub fn kind(&self, pid: Pid) -> Option<HiddenKind> {
         self.lock().get(&pid).map(|t| t.kind)
+    }
+
+    /// Those of this kind, at least so old.
+    pub fn all(&self, kind: HiddenKind, age: Duration) -> Vec<Pid> {
+        let tasks = self.lock();
+        let found = tasks.iter().filter(|(_, t)| t.kind == kind && t.since.elapsed() >= age);
+        found.map(|(pid, _)| *pid).collect()
     }
 
     /// Announces that the surrogate is about to be stopped or continued *because* the process it stands for was: its

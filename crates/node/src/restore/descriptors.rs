@@ -276,6 +276,12 @@ fn place(fd: &OwnedFd, description: &Description) -> io::Result<()> {
         | DescriptionKind::Directory(_)
         | DescriptionKind::Kernel(_)
         | DescriptionKind::Deleted { .. } => {
+            // A description of an ext4 directory that was set to the end before its first reading finds nothing ever
+            // after, not even when it is set back to the start.
+            if matches!(description.kind, DescriptionKind::Directory(_)) && description.position != 0 {
+                let mut entries = [std::mem::MaybeUninit::uninit(); 512];
+                let _ = rustix::fs::RawDir::new(fd, &mut entries).next();
+            }
             seek(fd, SeekFrom::Start(description.position))?;
             Ok(())
         }
@@ -333,7 +339,7 @@ fn pipe_end(
             place.insert((read, write))
         }
     };
-    if !bytes.is_empty() {
+    if !bytes.is_empty() && kit.common.filled.insert(number) {
         let mut writing = std::fs::File::from(writing.try_clone()?);
         writing.write_all(bytes)?;
     }

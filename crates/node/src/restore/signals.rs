@@ -66,9 +66,18 @@ pub fn add_pending(script: &mut Script<'_>, process: Pid, thread: Option<Pid>, p
 }
 
 /// Makes the timers; the first thread runs this.
-pub fn set_timers(blank: &Blank, signals: &Signals) -> Result<(), RestoreError> {
+///
+/// `late_ns`: how long ago their state was read.
+pub fn set_timers(blank: &Blank, signals: &Signals, late_ns: u64) -> Result<(), RestoreError> {
+    /// CLOCK_PROCESS_CPUTIME_ID and CLOCK_THREAD_CPUTIME_ID, which stand still in a freeze; others are negative.
+    const CPU_CLOCKS: [i32; 2] = [2, 3];
     for timer in &signals.timers {
-        make_timer(blank, timer)?;
+        let mut timer = timer.clone();
+        let stands_still = timer.clock < 0 || CPU_CLOCKS.contains(&timer.clock);
+        if timer.remaining_ns != 0 && !stands_still {
+            timer.remaining_ns = timer.remaining_ns.saturating_sub(late_ns).max(1);
+        }
+        make_timer(blank, &timer)?;
     }
     let mut script = Script::new(&blank.foothold.arena);
     for (which, [interval, value]) in (0u64..).zip(&signals.interval_timers) {
@@ -77,7 +86,11 @@ pub fn set_timers(blank: &Blank, signals: &Signals) -> Result<(), RestoreError> 
         }
         // While its signal is pending, the kernel shows a periodic ITIMER_REAL with nothing left, and sets it going again
         // when the signal is taken. Set to nothing here, it would be off.
-        let value = if which == 0 && *value == 0 { interval } else { value };
+        let value = match (which, *value) {
+            (0, 0) => *interval,
+            (0, left) => left.saturating_sub(late_ns / 1000).max(1),
+            (_, left) => left,
+        };
         let words = [
             interval / 1_000_000,
             interval % 1_000_000,

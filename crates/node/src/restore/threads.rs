@@ -4,12 +4,14 @@
 //! OS thread until [`resume`] lets go of all of them.
 
 use super::{Blank, During, Kit, RestoreError, mappings, signals, sleeper};
-use crate::capture::{SCRIPT_MASK, Trap, from_words, monotonic_ns, remember};
+use crate::capture::{SCRIPT_MASK, Trap, clocks, from_words, monotonic_ns, remember};
 use dunlin_proto::ids::Pid;
-use dunlin_proto::image::{Essence, ThreadImage};
+use dunlin_proto::image::{Essence, Sleep, ThreadImage};
 use dunlin_sys::inspect;
+use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::Stopped;
 use dunlin_sys::script::Script;
+use std::time::{Duration, Instant};
 
 const SYS_CLONE: i64 = 56;
 const SYS_EXIT: i64 = 60;
@@ -111,9 +113,15 @@ pub fn load(blank: &mut Blank, essence: &Essence, kit: &Kit<'_>) -> Result<(), R
         blank.run(host, script, "loading a thread")?;
         manner(blank, host, thread)?;
     }
-    signals::set_timers(blank, &essence.signals)?;
+    // Time goes on while a process is frozen: what was left then is less by now.
+    let late_ns = late_ns(blank, essence);
+    signals::set_timers(blank, &essence.signals, late_ns)?;
     for thread in &essence.threads {
-        if let Some(sleep) = &thread.sleep {
+        if let Some(sleep) = thread.sleep {
+            let sleep = &Sleep {
+                remaining_ns: sleep.remaining_ns.saturating_sub(late_ns),
+                ..sleep
+            };
             let host = host_of(blank, thread)?;
             let ends_ns = monotonic_ns() + sleep.remaining_ns;
             if let Some(answer) = sleeper::fall_asleep(blank, host, sleep)? {
@@ -137,6 +145,33 @@ pub fn load(blank: &mut Blank, essence: &Essence, kit: &Kit<'_>) -> Result<(), R
         stopped
             .set_xstate(&thread.xstate)
             .during(pid, "setting the extended state")?;
+    }
+    Ok(())
+}
+
+/// How long ago the essence was taken, by the process's own clock.
+fn late_ns(blank: &Blank, essence: &Essence) -> u64 {
+    let [now, _] = clocks(&ProcDir::process(blank.host));
+    u64::try_from(now - essence.clocks_ns[0]).unwrap_or(0)
+}
+
+/// Waits until the process's clocks have reached what it saw last: they are set by a measurement that is as good as the
+/// network, and must not go backwards.
+pub fn wait_for_clocks(blank: &Blank, essence: &Essence) -> Result<(), RestoreError> {
+    const PATIENCE: Duration = Duration::from_millis(500);
+    let dir = ProcDir::process(blank.host);
+    let deadline = Instant::now() + PATIENCE;
+    while clocks(&dir)
+        .iter()
+        .zip(&essence.clocks_ns)
+        .any(|(now, then)| now < then)
+    {
+        if Instant::now() > deadline {
+            return Err(RestoreError::Unsound {
+                pid: blank.pid,
+                why: "its clocks are ahead of this node's",
+            });
+        }
     }
     Ok(())
 }

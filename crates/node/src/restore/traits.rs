@@ -33,11 +33,13 @@ const SYS_CLOSE: i64 = 3;
 const PR_SET_DUMPABLE: u64 = 4;
 const PR_SET_KEEPCAPS: u64 = 8;
 const PR_CAPBSET_DROP: u64 = 24;
+const PR_GET_SECUREBITS: u64 = 27;
 const PR_SET_SECUREBITS: u64 = 28;
 const PR_SET_CHILD_SUBREAPER: u64 = 36;
 const PR_SET_NO_NEW_PRIVS: u64 = 38;
 const PR_SET_THP_DISABLE: u64 = 41;
 const PR_CAP_AMBIENT: u64 = 47;
+const PR_CAP_AMBIENT_CLEAR_ALL: u64 = 4;
 
 /// Sets everything, credentials last. The blank has one thread: credentials are inherited by those made after.
 pub fn set(blank: &Blank, traits: &Traits, seccomp: &[Vec<u8>], kit: &mut Kit<'_>) -> Result<(), RestoreError> {
@@ -57,7 +59,11 @@ pub fn set(blank: &Blank, traits: &Traits, seccomp: &[Vec<u8>], kit: &mut Kit<'_
     );
     // Before the credentials: afterwards a limit can only be lowered.
     add_limits(blank, &mut script, traits)?;
-    add_credentials(&mut script, traits);
+    let permitted = ProcDir::process(blank.host)
+        .status()
+        .during(blank.pid, "reading its status")?
+        .capabilities[1];
+    add_credentials(&mut script, traits, permitted);
     blank.run(blank.host, script, "setting credentials")?;
     verify_limits(blank, traits)?;
     let mut script = Script::new(&blank.foothold.arena);
@@ -73,7 +79,18 @@ pub fn set(blank: &Blank, traits: &Traits, seccomp: &[Vec<u8>], kit: &mut Kit<'_
             &[PR_SET_DUMPABLE, u64::from(traits.dumpable), 0, 0, 0],
         );
     }
-    blank.run(blank.host, script, "setting privileges")?;
+    let secure = script.attempt("prctl", SYS_PRCTL, &[PR_GET_SECUREBITS, 0, 0, 0, 0]);
+    let (_, answers) = script.run(blank.leader()).during(blank.pid, "setting privileges")?;
+    let secure = answers.of(secure);
+    if secure >= 0 && secure != i64::from(traits.securebits) {
+        return Err(RestoreError::Obstacles(vec![obstacle(
+            blank.pid,
+            "permission",
+            format_args!("process {}", blank.pid),
+            format!("its secure bits are {secure:#x}, not {:#x}", traits.securebits),
+            "give the destination's daemon the capabilities that the process has",
+        )]));
+    }
     // Best effort: the badness may only be lowered with CAP_SYS_RESOURCE.
     let _ = std::fs::write(
         ProcDir::process(blank.host).path("oom_score_adj"),
@@ -222,7 +239,8 @@ fn limits_of(blank: &Blank) -> Result<Vec<(u64, u64)>, RestoreError> {
     limits::parse(&text).during(blank.pid, "reading limits")
 }
 
-fn add_credentials(script: &mut Script<'_>, traits: &Traits) {
+fn add_credentials(script: &mut Script<'_>, traits: &Traits, has: u64) {
+    const KEEP_CAPS: u32 = 1 << 4;
     let [inheritable, permitted, effective, bounding, ambient] = traits.capabilities;
     script.attempt("prctl", SYS_PRCTL, &[PR_SET_KEEPCAPS, 1, 0, 0, 0]);
     for capability in (0..64).filter(|c| bounding & (1 << c) == 0) {
@@ -244,16 +262,25 @@ fn add_credentials(script: &mut Script<'_>, traits: &Traits) {
     script.attempt("setfsgid", SYS_SETFSGID, &[fsgid]);
     script.attempt("setfsuid", SYS_SETFSUID, &[fsuid]);
     let header = script.bytes(&[0x2008_0522u32.to_le_bytes(), [0; 4]].concat());
-    let halves = |shift: u32| [effective, permitted, inheritable].map(|set| ((set >> shift) as u32).to_le_bytes());
-    let sets: Vec<u8> = [halves(0), halves(32)].concat().concat();
-    let data = script.bytes(&sets);
-    // The secure bits need CAP_SETPCAP, which the sets may not have.
+    let sets = |sets: [u64; 3]| -> Vec<u8> {
+        let halves = |shift: u32| sets.map(|set| ((set >> shift) as u32).to_le_bytes());
+        [halves(0), halves(32)].concat().concat()
+    };
+    // A change from root to another user clears the effective set, and the secure bits need CAP_SETPCAP.
+    let all = script.bytes(&sets([has, has, inheritable]));
+    script.attempt("capset", SYS_CAPSET, &[header.address, all.address]);
+    let data = script.bytes(&sets([effective, permitted, inheritable]));
     script.attempt(
         "prctl",
         SYS_PRCTL,
         &[PR_SET_SECUREBITS, u64::from(traits.securebits), 0, 0, 0],
     );
+    // This one is anybody's to change; it was set above.
+    let keeps = u64::from(traits.securebits & KEEP_CAPS != 0);
+    script.attempt("prctl", SYS_PRCTL, &[PR_SET_KEEPCAPS, keeps, 0, 0, 0]);
     script.attempt("capset", SYS_CAPSET, &[header.address, data.address]);
+    // An entry may have more of them than the process had.
+    script.attempt("prctl", SYS_PRCTL, &[PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0]);
     for capability in (0..64).filter(|c| ambient & (1 << c) != 0) {
         const RAISE: u64 = 2;
         script.attempt("prctl", SYS_PRCTL, &[PR_CAP_AMBIENT, RAISE, capability, 0, 0]);

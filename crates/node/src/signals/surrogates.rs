@@ -41,6 +41,10 @@ fn signal(node: &Arc<Node>, pid: Pid, info: &[u8; 128]) {
     if signal == number::CHLD && code > 0 {
         return;
     }
+    // From outside the nest: this daemon has it look for a keeper that ended.
+    if signal == number::CHLD && sender == 0 {
+        return;
+    }
     // From outside the nest (0): from this daemon, perhaps.
     if signal == number::CONT && sender == 0 && node.hidden.take_echo(pid, Echo::Continue) {
         return;
@@ -67,7 +71,7 @@ fn gone(node: &Arc<Node>, pid: Pid) {
             pass_on(node, pid, number::KILL, None);
             node.hidden.remove(pid);
         }
-        Some(HiddenKind::Keeper | HiddenKind::Blank) | None => {}
+        Some(HiddenKind::Keeper | HiddenKind::Blank | HiddenKind::Leaving) | None => {}
     }
 }
 
@@ -76,9 +80,10 @@ fn child(node: &Arc<Node>, parent: Pid, info: &[u8; 128]) {
     let Some(change) = change(code, status) else {
         return tracing::warn!("process {child}: its parent is told {code}, which is not known here");
     };
-    if node.hidden.kind(child).is_some() {
-        // A surrogate that did what its process had done elsewhere: it was told from there.
-        if matches!(change, Change::Ended(_)) {
+    if let Some(kind) = node.hidden.kind(child) {
+        // A surrogate that did what its process had done elsewhere: it was told from there. Or what a move has left, or
+        // not begun with. A kind that only lives may be that of a later task of this number.
+        if matches!(change, Change::Ended(_)) && matches!(kind, HiddenKind::Leaving | HiddenKind::Keeper) {
             node.hidden.remove(child);
         }
         return;

@@ -179,7 +179,8 @@ impl Outbox {
         loop {
             let mut state = self.lock();
             let item = loop {
-                if state.held && matches!(state.phase, Phase::Open) {
+                // A program may have ended before its start was told: that is told first all the same.
+                if state.held && matches!(state.phase, Phase::Open | Phase::Finishing(Some(_))) {
                     state = self.wait(state);
                     continue;
                 }

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// Nothing in these tests takes longer, on the slowest machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 pub struct Node {
     pub config: NodeConfig,
@@ -289,7 +289,10 @@ impl Caller {
     pub fn output_until(&self, end: &str) -> String {
         let mut seen = Vec::new();
         while !seen.ends_with(end.as_bytes()) {
-            match self.next() {
+            let next = self
+                .try_next()
+                .unwrap_or_else(|e| panic!("{e} after {:?}", String::from_utf8_lossy(&seen)));
+            match next {
                 Reply::Output { bytes, .. } => seen.extend(bytes),
                 Reply::InputTaken { .. } | Reply::Started { .. } => {}
                 other => panic!("{other:?} after {:?}", String::from_utf8_lossy(&seen)),
@@ -343,6 +346,11 @@ pub fn exe() -> PathBuf {
 
 /// `dunlin node`.
 pub fn node_role(file: &str) -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .with_max_level(tracing_subscriber::filter::LevelFilter::INFO)
+        .init();
     let config = NodeConfig::load(file.as_ref()).unwrap();
     match dunlin_node::daemon::run(config) {
         Ok(()) => ExitCode::SUCCESS,

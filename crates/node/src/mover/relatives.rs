@@ -1,0 +1,146 @@
+//! Which surrogates of relatives a node still needs, and the end of the others.
+//!
+//! Owns the rule. A process that lives here (or will, or has its home here) needs its ancestors, its group's and its
+//! session's leader as they are at its own home; one that came by a move also needs the children it left behind, to wait
+//! for them. Refuses to know how a surrogate is made. Invariant: while a process arrives nothing is ended, since what it
+//! needs is not yet written down.
+
+use super::{Mover, lock};
+use crate::capture::{SCRIPT_MASK, made_again};
+use crate::processes::HiddenKind;
+use dunlin_proto::ids::Pid;
+use dunlin_sys::foothold::syscall_instruction;
+use dunlin_sys::procfs::ProcDir;
+use dunlin_sys::ptrace::{Options, Running};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{PidfdFlags, Signal};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::time::{Duration, Instant};
+
+/// A task that was to end is forgotten after so long; by then all news of its end has come.
+const FORGET_AFTER: Duration = Duration::from_secs(5);
+
+/// One task of the nest.
+struct Task {
+    parent: Pid,
+    group: Pid,
+    session: Pid,
+    ended: bool,
+}
+
+impl Mover {
+    /// Ends the surrogates of relatives that no process here needs any more.
+    pub(super) fn sweep(&self) {
+        for pid in self.hidden.all(HiddenKind::Leaving, FORGET_AFTER) {
+            if self.nest.host_pid(pid).is_ok_and(|found| found.is_none()) {
+                self.hidden.remove(pid);
+            }
+        }
+        let relatives = self.hidden.all(HiddenKind::Relative, Duration::ZERO);
+        if relatives.is_empty() {
+            return;
+        }
+        // Held all the time, so that no process begins to arrive.
+        let arriving = lock(&self.destinations);
+        if !arriving.is_empty() {
+            return;
+        }
+        let needed = self.needed(|_| false);
+        for relative in relatives {
+            if !needed.contains(&relative) && !self.arrivals.needs(relative) {
+                self.entries.discard(relative);
+            }
+        }
+    }
+
+    /// Does a living process here need the number of this one, which leaves with these?
+    pub(super) fn has_relatives_here(&self, pid: Pid, leaving: &[i32]) -> bool {
+        self.needed(|other| leaving.contains(&other)).contains(&pid)
+    }
+
+    /// Ends the keeper of an image that nobody needs any more. Its parent is told nothing at its end, and has to be
+    /// made to reap it, whether it is a surrogate by now or the process again. The thread that calls traces nobody.
+    pub(super) fn end_keeper(&self, keeper: i32) {
+        let ended = || -> io::Result<()> {
+            let status = ProcDir::process(keeper).status().map_err(io::Error::other)?;
+            let number = status.ns_pids.last().copied().unwrap_or(0);
+            let process = rustix::process::Pid::from_raw(keeper).ok_or(io::ErrorKind::InvalidInput)?;
+            let pidfd = rustix::process::pidfd_open(process, PidfdFlags::empty())?;
+            rustix::process::pidfd_send_signal(&pidfd, Signal::KILL)?;
+            let patience = Timespec { tv_sec: 2, tv_nsec: 0 };
+            rustix::event::poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&patience))?;
+            let parent = ProcDir::process(status.ppid).status().map_err(io::Error::other)?;
+            let pid = parent.ns_pids.last().copied().map_or(Pid(0), Pid);
+            match self.hidden.kind(pid) {
+                // PID 1 reaps whatever it is given.
+                _ if pid.0 <= 1 => Ok(()),
+                Some(_) => {
+                    let parent = rustix::process::Pid::from_raw(status.ppid).ok_or(io::ErrorKind::InvalidInput)?;
+                    Ok(rustix::process::kill_process(parent, Signal::CHILD)?)
+                }
+                None => reap(status.ppid, number),
+            }
+        };
+        self.log("ending an image's keeper", ended());
+    }
+
+    /// The ancestors and leaders of all that live here or are at home here, but for those who leave.
+    fn needed(&self, leaves: impl Fn(i32) -> bool) -> BTreeSet<Pid> {
+        let mut tasks = BTreeMap::new();
+        let mut anchors = Vec::new();
+        for (host, pid) in self.neighbours() {
+            let Some(task) = task(host) else { continue };
+            let anchor = match self.hidden.kind(pid) {
+                None | Some(HiddenKind::Departed | HiddenKind::Blank) => !task.ended && !leaves(host),
+                Some(HiddenKind::Relative | HiddenKind::Keeper | HiddenKind::Leaving) => false,
+            };
+            if anchor {
+                anchors.push(pid);
+            }
+            tasks.insert(pid, task);
+        }
+        let mut needed = BTreeSet::new();
+        while let Some(task) = anchors.pop().and_then(|pid| tasks.get(&pid)) {
+            for relative in [task.parent, task.group, task.session] {
+                // Each of them has needs of the same kind.
+                if needed.insert(relative) {
+                    anchors.push(relative);
+                }
+            }
+        }
+        needed
+    }
+}
+
+/// Has a program wait for a child that only __WALL shows it.
+fn reap(program: i32, child: i32) -> io::Result<()> {
+    const SYS_WAIT4: i64 = 61;
+    const WALL_NOHANG: u64 = 0x4000_0001;
+    let patience = Instant::now() + Duration::from_secs(2);
+    let running = Running::seize(program, Options::default()).map_err(io::Error::other)?;
+    let (thread, _) = running.stop(patience).map_err(io::Error::other)?;
+    let work = || -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let at = syscall_instruction(&ProcDir::process(program))?;
+        let (registers, mask) = (thread.registers()?, thread.signal_mask()?);
+        thread.set_signal_mask(SCRIPT_MASK)?;
+        let arguments = [child as u64, 0, WALL_NOHANG, 0, 0, 0];
+        let (thread, _) = thread.inject(at, SYS_WAIT4, arguments)?;
+        thread.set_registers(&made_again(&registers).unwrap_or(registers))?;
+        thread.set_signal_mask(mask)?;
+        Ok(thread.detach(0)?)
+    };
+    work().map_err(io::Error::other)
+}
+
+fn task(host: i32) -> Option<Task> {
+    let last = |numbers: &[i32]| numbers.last().copied().map_or(Pid(0), Pid);
+    let status = ProcDir::process(host).status().ok()?;
+    let parent = ProcDir::process(status.ppid).status().ok()?;
+    Some(Task {
+        parent: last(&parent.ns_pids),
+        group: last(&status.ns_pgids),
+        session: last(&status.ns_sids),
+        ended: status.state == 'Z',
+    })
+}
