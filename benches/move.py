@@ -5,7 +5,7 @@
     fault   a demand fault as the program sees it, against the same round trip with nothing else
     drain   the rate at which left pages come, against one raw TCP stream over the same link
     sweep   a sequential reader right after a move: faults avoided, and its pace against its own before the move
-    nest    fork and wait, arithmetic, system calls, file calls: in a nest and after a drained move, against native
+    nest    fork and wait, arithmetic, system calls, file calls: in a nest and (but forks) after a drained move, against native
     lost    operations missing from the first second after the freeze began, against an unmoved second
     crowd   freeze time of a program of 300 mappings, and of one of 200 threads
 
@@ -205,26 +205,28 @@ def samples(workload, count):
 def nest(lab, quick):
     count = 15 if quick else 40
     for kind, goal, text in [("forks", 1.25, "≤ 1.25"), ("cpu", 1.01, "≤ 1.01"), ("syscalls", 1.01, "≤ 1.01"), ("files", 1.01, "≤ 1.01")]:
-        native, again, inside, moved = [], [], [], []
+        native, again, filtered, inside, moved = [], [], [], [], []
         for _ in range(2 if quick else 4):  # in turns, so that a slow minute of the machine hits all alike
-            for into in (native, again):
-                workload = lab.native("load", kind, "LOG", 120)
+            for into, extra in ((native, []), (filtered, ["filtered"]), (again, [])):
+                workload = lab.native("load", kind, "LOG", 120, *extra)
                 into += samples(workload, count)
                 workload.stop()
             workload = lab.run("load", kind, "LOG", 120)
             try:
                 inside += samples(workload, count)
-                lab.move(workload, "n2")
-                moved += samples(workload, count)
+                if kind != "forks":  # a child that shares the log's description just then would refuse the move
+                    lab.move(workload, "n2")
+                    moved += samples(workload, count)
             finally:
                 workload.stop()
         base = median(native)
-        note = f"native against native again: {median(again) / base:.3f} (what this run can resolve)"
+        note = f"native again: {median(again) / base:.3f} (what this run can resolve); native under a filter that allows all: {median(filtered) / base:.3f}"
         per = 100 if kind == "forks" else 1
         unit = "us" if kind == "forks" else "us/unit"
         name = "fork+wait" if kind == "forks" else kind
         yield row("nest", f"{name}, in a nest", unit, [s / per for s in inside], against="native", reference=base / per, at_most=goal, goal=text, note=note)
-        yield row("nest", f"{name}, after a drained move", unit, [s / per for s in moved], against="native", reference=base / per, at_most=goal, goal=text)
+        if moved:
+            yield row("nest", f"{name}, after a drained move", unit, moved, against="native", reference=base, at_most=goal, goal=text)
 
 
 # --- lost ---------------------------------------------------------------------------------------------------------

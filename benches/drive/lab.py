@@ -82,7 +82,7 @@ class Lab:
         return self
 
     def __exit__(self, *_):
-        subprocess.run([self.dunlin, "lab", "down", "--name", self.name], check=False)
+        subprocess.run([self.dunlin, "lab", "down", "--name", self.name], check=False, capture_output=True)
         self.temporary.cleanup()
 
     def command(self, *arguments, check=True):

@@ -1,9 +1,12 @@
-/* load KIND LOG [SECONDS]: repeats one piece of work and writes "sample US UNIX_MS" for each repetition (of about 20 ms).
+/* load KIND LOG [SECONDS [filtered]]: repeats one piece of work and writes "sample US UNIX_MS" for each repetition (of about 20 ms).
  * KIND is `cpu` (arithmetic and memory in the caches, no system call), `syscalls` (getppid, read, clock_gettime by
- * system call, sched_yield: never notified, so native everywhere), `files` (open, fstat, close) or `forks` (fork, exit,
- * wait). */
+ * system call, sched_yield: none is notified), `files` (open, fstat, close) or `forks` (fork, exit, wait). With `filtered`
+ * it runs under a seccomp filter that allows everything: the least that any filter costs. */
 #include "meter.h"
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -61,8 +64,12 @@ int main(int argc, char **argv)
 		if (!strcmp(argv[1], kinds[i].name))
 			work = kinds[i].work;
 	if (!work)
-		return fprintf(stderr, "usage: load cpu|syscalls|files|forks LOG [SECONDS]\n"), 2;
+		return fprintf(stderr, "usage: load cpu|syscalls|files|forks LOG [SECONDS [filtered]]\n"), 2;
 	FILE *log = open_log(argv[2]);
+	struct sock_filter allow[] = {BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
+	struct sock_fprog filter = {1, allow};
+	if (argc > 4 && (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter)))
+		return perror("seccomp"), 1;
 	zero = open("/dev/zero", O_RDONLY);
 	int64_t end = now_ns() + (int64_t)(1e9 * seconds_from(argc, argv, 3)), from = now_ns();
 	fprintf(log, "ready %d\n", getpid());
