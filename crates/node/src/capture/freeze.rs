@@ -342,6 +342,12 @@ impl Frozen {
                 add(pointer);
                 add(pointer + length.saturating_sub(1));
             }
+            // The destination makes the call again inside the freeze: what it reads must not be elsewhere then.
+            if let Some(sleep) = &thread.sleep {
+                for address in super::sleep::reads(sleep) {
+                    add(address);
+                }
+            }
         }
         let anonymous = |address: u64| {
             let mappings = &self.source.plan.image.space.mappings;

@@ -27,10 +27,7 @@ pub fn listing(dir: &ProcDir) -> io::Result<Vec<(maps::Mapping, VmFlags)>> {
 
 /// The mappings as they are inside the freeze, with the flags that an earlier listing had at their place: only `smaps`
 /// tells flags, and it would walk all page tables.
-pub fn relisting(
-    now: Vec<maps::Mapping>,
-    earlier: &[(maps::Mapping, VmFlags)],
-) -> Vec<(maps::Mapping, VmFlags)> {
+pub fn relisting(now: Vec<maps::Mapping>, earlier: &[(maps::Mapping, VmFlags)]) -> Vec<(maps::Mapping, VmFlags)> {
     let flags = |mapping: &maps::Mapping| {
         let overlaps = |old: &&(maps::Mapping, VmFlags)| {
             old.0.start < mapping.end && mapping.start < old.0.end && old.0.inode == mapping.inode
@@ -41,7 +38,9 @@ pub fn relisting(
             .map(|(_, flags)| flags.clone())
             .unwrap_or_default()
     };
-    now.into_iter().map(|mapping| (mapping.clone(), flags(&mapping))).collect()
+    now.into_iter()
+        .map(|mapping| (mapping.clone(), flags(&mapping)))
+        .collect()
 }
 
 /// Makes the address space of a process portable, leaving out `hole` (our own arena).
