@@ -59,7 +59,7 @@ pub fn read(
     let mut mappings = Vec::with_capacity(all.len());
     for (mapping, flags) in all {
         let inside = mapping.start >= hole.0 && mapping.end <= hole.1;
-        if inside || mapping.name == b"[vsyscall]" {
+        if inside || left_over(mapping) || mapping.name == b"[vsyscall]" {
             continue;
         }
         match classify(dir, mapping, flags, &mut files)? {
@@ -96,6 +96,11 @@ pub fn read(
         mappings,
         vdso_hash: vdso_hash(dir, all)?,
     })
+}
+
+/// Is it the arena of a move whose daemon was killed before it could take it out? The program knows nothing of it.
+fn left_over(mapping: &maps::Mapping) -> bool {
+    mapping.shared && mapping.name.starts_with(b"/memfd:\x7fELF")
 }
 
 fn exe(pid: Pid, dir: &ProcDir, obstacles: &mut Vec<Obstacle>) -> io::Result<FileRef> {
