@@ -13,6 +13,7 @@ use crate::capture::{CaptureError, Met, Source, Surroundings};
 use crate::obstacle::obstacle;
 use crate::page_server::NewImage;
 use crate::pager::{NewSpace, Withdrawn};
+use crate::signals::orders::Obeyed;
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::home::HomeEvent;
 use dunlin_cluster::relocation::source::{
@@ -278,6 +279,8 @@ struct Outgoing<'a> {
     frozen: Vec<Frozen>,
     withdrawn: BTreeMap<Pid, Withdrawn>,
     images: BTreeMap<Pid, ImageId>,
+    /// The orders that each has obeyed, from when nobody could give it more.
+    obeyed: BTreeMap<Pid, Obeyed>,
     keepers: BTreeMap<Pid, i32>,
     regions: BTreeMap<Pid, Vec<(u64, u64)>>,
     times: Times,
@@ -329,6 +332,7 @@ impl<'a> Outgoing<'a> {
             frozen: Vec::new(),
             withdrawn: BTreeMap::new(),
             images: BTreeMap::new(),
+            obeyed: BTreeMap::new(),
             keepers: BTreeMap::new(),
             regions: BTreeMap::new(),
             times: Times::start(),
@@ -620,6 +624,12 @@ impl<'a> Outgoing<'a> {
         let identify = |fd: std::os::fd::BorrowedFd<'_>| mover.streams.identify(fd);
         let around = mover.surroundings(&identify, &self.party);
         around.look();
+        // From here on what is sent to it would stay behind with the emptied process.
+        self.obeyed = self
+            .party
+            .iter()
+            .map(|(pid, _)| (*pid, mover.orders.close(*pid)))
+            .collect();
         for (run, stream) in self.sources.iter().flat_map(Source::streams) {
             mover.streams.settle(run, stream)?;
         }
@@ -736,6 +746,7 @@ impl<'a> Outgoing<'a> {
                 map,
                 digest,
                 images,
+                obeyed: self.obeyed.remove(&pid).unwrap_or_default(),
             },
         ))
     }
@@ -750,6 +761,13 @@ impl<'a> Outgoing<'a> {
 
     fn thaw(&mut self) {
         self.tight = false;
+        self.thaw_all();
+        for (pid, _) in &self.party {
+            self.mover.orders.open(*pid);
+        }
+    }
+
+    fn thaw_all(&mut self) {
         for image in self.images.values() {
             self.mover.images.remove(*image);
         }
@@ -782,6 +800,7 @@ impl<'a> Outgoing<'a> {
             }
             self.mover.streams.departed(pid, &streams, to);
             self.mover.residents.remove(pid);
+            self.mover.orders.leave(pid);
             if self.mover.arrivals.remove(pid).is_some() {
                 self.mover.forget_arrival(pid);
             }

@@ -37,6 +37,9 @@ impl Mover {
                 self.hidden.remove(pid);
             }
         }
+        self.orders.forget(|pid| {
+            self.hidden.kind(pid).is_some() || self.nest.host_pid(pid).is_ok_and(|found| found.is_none())
+        });
         let relatives = self.hidden.all(HiddenKind::Relative, Duration::ZERO);
         if relatives.is_empty() {
             return;
