@@ -8,6 +8,7 @@ use crate::obstacle;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{FileRef, KernelMapping, Mapping, MappingKind, Space};
+use dunlin_sys::foothold::Foothold;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::maps::{self, VmFlags};
 use dunlin_sys::procfs::stat::Layout;
@@ -25,9 +26,9 @@ pub fn listing(dir: &ProcDir) -> io::Result<Vec<(maps::Mapping, VmFlags)>> {
     Ok(maps::parse_with_flags(&dir.bytes("smaps")?)?)
 }
 
-/// The mappings in `maps` as they are inside the freeze, with the flags that an earlier listing had at their place: only
-/// `smaps` tells flags, and it would walk all page tables.
-pub fn relisting(text: &[u8], earlier: &[(maps::Mapping, VmFlags)]) -> io::Result<Vec<(maps::Mapping, VmFlags)>> {
+/// The mappings as they are inside the freeze, with the flags that an earlier listing had at their place: only `smaps`
+/// tells flags, and it would walk all page tables.
+pub fn relisting(now: Vec<maps::Mapping>, earlier: &[(maps::Mapping, VmFlags)]) -> Vec<(maps::Mapping, VmFlags)> {
     let flags = |mapping: &maps::Mapping| {
         let overlaps = |old: &&(maps::Mapping, VmFlags)| {
             old.0.start < mapping.end && mapping.start < old.0.end && old.0.inode == mapping.inode
@@ -38,11 +39,9 @@ pub fn relisting(text: &[u8], earlier: &[(maps::Mapping, VmFlags)]) -> io::Resul
             .map(|(_, flags)| flags.clone())
             .unwrap_or_default()
     };
-    Ok(maps::parse(text)?
-        .into_iter()
-        .map(|mapping| (flags(&mapping), mapping))
-        .map(|(f, m)| (m, f))
-        .collect())
+    now.into_iter()
+        .map(|mapping| (mapping.clone(), flags(&mapping)))
+        .collect()
 }
 
 /// Makes the address space of a process portable, leaving out `hole` (our own arena).
@@ -61,7 +60,8 @@ pub fn read(
     let mut mappings = Vec::with_capacity(all.len());
     for (mapping, flags) in all {
         let inside = mapping.start >= hole.0 && mapping.end <= hole.1;
-        if inside || mapping.name == b"[vsyscall]" {
+        // Another arena is that of a move whose daemon was killed: the program knows nothing of it.
+        if inside || Foothold::is_arena(mapping) || mapping.name == b"[vsyscall]" {
             continue;
         }
         match classify(dir, mapping, flags, &mut files)? {
