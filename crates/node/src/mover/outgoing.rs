@@ -401,6 +401,7 @@ impl<'a> Outgoing<'a> {
         let mut this = Outgoing::new(mover.clone(), request, plan, party, reporter);
         this.times = times;
         let outcome = this.go();
+        mover.hand_over(std::mem::take(&mut this.withdrawn));
         lock(&mover.sources).remove(&id);
         lock(&mover.busy).retain(|_, by| *by != id);
         outcome
@@ -833,10 +834,6 @@ impl<'a> Outgoing<'a> {
             if self.mover.arrivals.remove(pid).is_some() {
                 self.mover.forget_arrival(pid);
             }
-            // The new node has claimed the older images by now, or will be told of them by its own map.
-            if let Some(withdrawn) = self.withdrawn.remove(&pid) {
-                self.mover.hand_over(withdrawn);
-            }
         }
         self.mover.sweep();
     }
@@ -934,9 +931,13 @@ impl Mover {
         }
     }
 
-    /// Keeps a withdrawn space's claims until its new node has had time to claim the images itself.
-    fn hand_over(&self, withdrawn: Withdrawn) {
-        const GRACE: Duration = Duration::from_secs(30);
+    /// Keeps the claims of withdrawn spaces, whose pages from here are all there, until their new node has certainly claimed
+    /// the older images itself.
+    fn hand_over(&self, withdrawn: BTreeMap<Pid, Withdrawn>) {
+        const GRACE: Duration = Duration::from_secs(3);
+        if withdrawn.is_empty() {
+            return;
+        }
         let keep = std::thread::Builder::new().name("hand-over".into()).spawn(move || {
             std::thread::sleep(GRACE);
             drop(withdrawn);
