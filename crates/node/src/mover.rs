@@ -31,6 +31,7 @@ use crate::pager::Pager;
 use crate::peers::Peers;
 use crate::processes::exits::Exits;
 use crate::processes::{Hidden, HiddenKind, Residents};
+use crate::signals::orders::Orders;
 use arrivals::Arrivals;
 use dunlin_cluster::relocation::destination::DestinationEvent;
 use dunlin_cluster::relocation::home::{Home, HomeEvent};
@@ -94,6 +95,8 @@ pub struct Mover {
     pub pager: Pager,
     /// The surrogates of its nest.
     pub entries: Entries,
+    /// Which orders its processes have obeyed.
+    pub orders: Orders,
     streams: Arc<dyn Streams>,
     installer: Arc<Installer>,
     arrivals: Arrivals,
@@ -154,6 +157,7 @@ impl Mover {
             entries: Entries::new(nest.clone(), hidden.clone(), installer.clone()),
             images: ImageStore::new(),
             pager: Pager::new(),
+            orders: Orders::default(),
             arrivals: Arrivals::default(),
             links: Links::new(peers.clone()),
             home: Mutex::new(Home::restore(Duration::ZERO, modulus, here, ledger)),
@@ -313,6 +317,7 @@ impl Mover {
     fn leave_behind(&self, frozen: Frozen, leaving: &[i32]) -> io::Result<(Pid, i32)> {
         let (pid, host) = (frozen.source.pid, frozen.source.host);
         let comm = ProcDir::process(host).bytes("comm")?;
+        let stopped = frozen.is_stopped();
         let left = frozen.into_image().map_err(io::Error::other)?;
         let number = left.keeper;
         self.hidden.insert(number, HiddenKind::Keeper);
@@ -326,6 +331,7 @@ impl Mover {
             HiddenKind::Leaving
         };
         self.hidden.insert(pid, kind);
+        self.hidden.is_stopped(pid, stopped);
         match kind {
             HiddenKind::Leaving => left.exit().map_err(io::Error::other)?,
             _ => self.entries.stay(left, pid, host, comm.trim_ascii_end())?,

@@ -509,6 +509,7 @@ impl Incoming {
             uid: process.essence.traits.uids[0],
         });
         lock(&mover.busy).insert(pid, self.id);
+        mover.orders.arrive(pid, process.obeyed.clone());
         mover.hidden.remove(pid);
         match mover.nest.pidfd(pid) {
             Ok(Some(pidfd)) => {
