@@ -11,6 +11,7 @@ mod claims;
 mod family;
 mod lane;
 mod link;
+mod pace;
 mod space;
 mod stats;
 mod store;

@@ -776,6 +776,9 @@ impl<'a> Outgoing<'a> {
             match self.mover.leave_behind(frozen, &leaving) {
                 Ok((number, keeper)) => {
                     self.keepers.insert(pid, keeper);
+                    if let Some(image) = self.images.get(&pid) {
+                        self.mover.images.set_keeper(*image, keeper);
+                    }
                     self.remember_image(pid, number);
                 }
                 Err(error) => tracing::error!(%pid, %error, "a departed process was not cleared away"),

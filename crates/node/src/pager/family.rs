@@ -1,17 +1,17 @@
 //! The thread that serves one family of address spaces.
 //!
-//! Each turn: events of the spaces, then what arrived for faults, then one piece of the bulk, then new requests. It
-//! spins while a fault is open and shortly after one, since a wake across CPUs costs more than the page; otherwise it
-//! sleeps in poll. What arrives is installed in every space that lacks it, so nothing is asked twice for the sake of a
+//! Each turn: events of the spaces, then what arrived for faults, then one piece of the bulk, then new requests. What arrives is installed in every space that lacks it, so nothing is asked twice for the sake of a
 //! forked child; what a changing space refuses is kept in hand and decided again, after the events, for all spaces (a
 //! child may just have been born).
 
 use super::claims::{Bell, Claims, Command, FamilyHandle, Probe};
 use super::lane::Pool;
 use super::link::Link;
+use super::pace::Pace;
 use super::space::{Outcome, Space};
 use super::stats::Shared;
 use super::store::Store;
+use super::supply::STAND_BACK;
 use super::{Connect, Finish, NewSpace, Observer, Registry, SpaceHandle, SpaceId, Withdrawn};
 use dunlin_cluster::page_map::{PageMap, Want};
 use dunlin_proto::ids::ImageId;
@@ -25,10 +25,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-/// After the last fault the next one is awaited awake for so long.
-const SPIN_AFTER: Duration = Duration::from_micros(80);
-/// An open fault is awaited awake for so long.
-const SPIN_DURING: Duration = Duration::from_millis(1);
+/// How long the thread runs in one go while others want its CPU.
+const SLICE: Duration = Duration::from_micros(100);
 /// How long a shortage is given to pass, and what is said of it.
 pub(super) const PAUSE: Duration = Duration::from_millis(1);
 pub(super) const SHORTAGE: &str = "this node is short of memory or descriptors: its programs wait";
@@ -44,6 +42,16 @@ pub(super) struct Holder {
     pub(super) claimed: bool,
     /// What came in bulk lies unread for the sake of faults.
     pub(super) bulk_waits_since: Option<Instant>,
+}
+
+impl Holder {
+    /// For how long the bulk is still to be left lying.
+    pub(super) fn stands_back(&self, now: Instant) -> Option<Duration> {
+        let since = self.bulk_waits_since.filter(|_| self.store.is_urgent())?;
+        STAND_BACK
+            .checked_sub(now.duration_since(since))
+            .filter(|left| !left.is_zero())
+    }
 }
 
 /// What arrived and could not be installed everywhere yet.
@@ -67,7 +75,7 @@ pub(super) struct Family {
     /// Processes whose spaces are sought.
     pub(super) probes: Vec<Probe>,
     pub(super) inherited: Option<Claims>,
-    pub(super) last_fault: Option<Instant>,
+    pub(super) pace: Pace,
     last_life_check: Instant,
 }
 
@@ -134,7 +142,7 @@ impl Family {
             pool: Pool::default(),
             probes: Vec::new(),
             inherited: new.claims,
-            last_fault: None,
+            pace: Pace::new(),
             last_life_check: Instant::now(),
         };
         let mut map = new.map;
@@ -156,6 +164,8 @@ impl Family {
     }
 
     fn run(mut self) {
+        // A hint: where the kernel does not know it, faults wait a little longer.
+        let _ = dunlin_sys::inspect::set_own_slice(SLICE);
         loop {
             let ready = self.rest();
             if ready.bell {
@@ -178,11 +188,6 @@ impl Family {
     /// Waits until there is something to do; which spaces have messages?
     fn rest(&mut self) -> Ready {
         let now = Instant::now();
-        let waits = self.spaces.iter().any(Space::has_waiting);
-        let spin = match self.last_fault.map(|at| now.duration_since(at)) {
-            Some(age) => age < SPIN_AFTER || (waits && age < SPIN_DURING),
-            None => false,
-        };
         let busy = !self.in_hand.is_empty()
             || self.spaces.iter().any(|s| s.recheck)
             || self.holders.values().any(|h| h.store.is_ready());
@@ -190,10 +195,11 @@ impl Family {
         for holder in self.holders.values() {
             timeout = timeout.into_iter().chain(holder.store.next_tick()).min();
         }
-        if spin || busy {
+        for holder in self.holders.values() {
+            timeout = timeout.into_iter().chain(holder.stands_back(now)).min();
+        }
+        if busy {
             timeout = Some(Duration::ZERO);
-            // The program may need this very CPU to go on.
-            std::thread::yield_now();
         }
         let bell = self.handle.bell.clone();
         let mut fds = vec![PollFd::new(&bell, PollFlags::IN)];
@@ -201,9 +207,10 @@ impl Family {
             fds.push(PollFd::from_borrowed_fd(space.uffd.as_fd(), PollFlags::IN));
         }
         for holder in self.holders.values() {
+            let bulk = holder.stands_back(now).is_none();
             holder
                 .store
-                .poll_set(&mut |fd, flags| fds.push(PollFd::from_borrowed_fd(fd, flags)));
+                .poll_set(bulk, &mut |fd, flags| fds.push(PollFd::from_borrowed_fd(fd, flags)));
         }
         let timeout = timeout.map(|t| Timespec {
             tv_sec: t.as_secs() as i64,
