@@ -25,7 +25,9 @@ use crate::obstacle::{self, obstacle};
 use descriptors::Glimpse;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{Pid, RunId};
-use dunlin_proto::image::{DescriptionKind, Lineage, MappingKind, Pages, Plan, ProcessImage, ThreadImage, Traits};
+use dunlin_proto::image::{
+    DescriptionKind, Files, Lineage, MappingKind, Pages, Plan, ProcessImage, Space, ThreadImage, Traits,
+};
 use dunlin_sys::foothold::{Foothold, FootholdError};
 use dunlin_sys::inspect;
 use dunlin_sys::pagemap::{self, Query};
@@ -132,13 +134,24 @@ pub struct Source {
     pagemap: File,
     foothold: Foothold,
     listing: Vec<(Mapping, VmFlags)>,
-    maps_text: Vec<u8>,
     glimpses: Vec<Glimpse>,
     file_pages: BTreeMap<u64, Vec<u8>>,
     /// The threads' numbers in the nest, by their numbers on this machine.
     tids: BTreeMap<i32, Pid>,
     sleeps: Sleeps,
     nest_filters: usize,
+}
+
+/// What was seen of a process while it ran.
+struct Looked {
+    space: Space,
+    files: Files,
+    listing: Vec<(Mapping, VmFlags)>,
+    glimpses: Vec<Glimpse>,
+    tids: BTreeMap<i32, Pid>,
+    traits: Traits,
+    resident_bytes: u64,
+    pagemap: File,
 }
 
 /// The memory of a captured process, to be served to its new node. Both files hold the address space, not the task.
@@ -192,37 +205,40 @@ impl Source {
         undone?;
         let seccomp = filters?;
 
-        let mut obstacles = Vec::new();
         let hole = foothold.range();
-        let listing = space::listing(&dir)?;
-        let space = space::read(
-            pid,
-            &dir,
-            hole,
-            dir.stat()?.layout,
-            answers.brk,
-            &listing,
-            &mut obstacles,
-        )?;
-        let glimpses = descriptors::glimpse(&dir)?;
-        let files = descriptors::read(pid, host, &glimpses, around, met, &mut obstacles)?;
-        let tids = read_tids(pid, host, &dir, &mut obstacles)?;
-        let pagemap = File::open(dir.path("pagemap"))?;
-        if !obstacles.is_empty() {
-            let error = CaptureError::Obstacles(obstacles);
-            return Err(give_up(host, &foothold, error));
-        }
-        let traits = read_traits(&dir, &status, &answers)?;
-        let maps_text = dir.bytes("maps")?;
+        // The program runs: anything may be gone when it is looked at, and the foothold must not stay behind then.
+        let look = |met: &mut Vec<Met>| -> Result<Looked, CaptureError> {
+            let mut obstacles = Vec::new();
+            let listing = space::listing(&dir)?;
+            let layout = dir.stat()?.layout;
+            let space = space::read(pid, &dir, hole, layout, answers.brk, &listing, &mut obstacles)?;
+            let glimpses = descriptors::glimpse(&dir)?;
+            let looked = Looked {
+                files: descriptors::read(pid, host, &glimpses, around, met, &mut obstacles)?,
+                tids: read_tids(pid, host, &dir, &mut obstacles)?,
+                traits: read_traits(&dir, &status, &answers)?,
+                resident_bytes: dir.stat()?.rss_pages * PAGE,
+                pagemap: File::open(dir.path("pagemap"))?,
+                space,
+                listing,
+                glimpses,
+            };
+            if obstacles.is_empty() {
+                Ok(looked)
+            } else {
+                Err(CaptureError::Obstacles(obstacles))
+            }
+        };
+        let looked = look(met).map_err(|error| give_up(host, &foothold, error))?;
         let mut source = Source {
             pid,
             host,
             plan: Plan {
                 image: ProcessImage {
                     lineage,
-                    traits,
-                    space,
-                    files,
+                    traits: looked.traits,
+                    space: looked.space,
+                    files: looked.files,
                     signals: answers.signals.clone(),
                     threads: Vec::new(),
                     seccomp,
@@ -231,25 +247,25 @@ impl Source {
                 file_pages: Vec::new(),
                 clocks_ns: clocks(&dir),
                 hole,
-                resident_bytes: dir.stat()?.rss_pages * PAGE,
+                resident_bytes: looked.resident_bytes,
                 cpu_features: Vec::new(),
                 xstate_bytes: 0,
             },
             dir,
             memory,
-            pagemap,
+            pagemap: looked.pagemap,
             foothold,
-            listing,
-            maps_text,
-            glimpses,
+            listing: looked.listing,
+            glimpses: looked.glimpses,
             file_pages: BTreeMap::new(),
-            tids,
+            tids: looked.tids,
             sleeps,
             nest_filters,
         };
         source.plan.image.threads = source.tids.values().copied().map(placeholder).collect();
         source.plan.image.threads.sort_by_key(|t| (t.tid != pid, t.tid));
-        source.plan.file_pages = source.read_file_pages()?;
+        // What is unmapped meanwhile is found out in the freeze.
+        source.plan.file_pages = source.read_file_pages().unwrap_or_default();
         for run in &source.plan.file_pages {
             for (i, page) in run.bytes.chunks(PAGE as usize).enumerate() {
                 source.file_pages.insert(run.address + i as u64 * PAGE, page.to_vec());
