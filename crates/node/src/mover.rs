@@ -6,6 +6,7 @@
 //! decisions ([`decisions`]) are made where a word arrives. Invariant: whether a copy may run is said by
 //! `dunlin_cluster::relocation` alone.
 
+mod ahead;
 mod arrivals;
 mod attempts;
 mod decisions;
@@ -97,6 +98,7 @@ pub struct Mover {
     streams: Arc<dyn Streams>,
     installer: Arc<Installer>,
     arrivals: Arrivals,
+    ahead: ahead::Ahead,
     links: Links,
     home: Mutex<Home>,
     outbox: Mutex<Outbox>,
@@ -155,6 +157,7 @@ impl Mover {
             images: ImageStore::new(),
             pager: Pager::new(),
             arrivals: Arrivals::default(),
+            ahead: ahead::Ahead::default(),
             links: Links::new(peers.clone()),
             home: Mutex::new(Home::restore(Duration::ZERO, modulus, here, ledger)),
             outbox: Mutex::new(Outbox::restore(Duration::ZERO, notices)),

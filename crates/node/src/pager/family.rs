@@ -159,7 +159,9 @@ impl Family {
             };
             family.holders.insert(image, holder);
         }
-        family.spaces.push(Space::new(new.uffd, map, shared));
+        let mut space = Space::new(new.uffd, map, shared);
+        space.ahead = new.ahead;
+        family.spaces.push(space);
         family
     }
 
@@ -286,9 +288,32 @@ impl Family {
                         std::mem::forget(lost);
                     }
                 }
+                Command::Recall {
+                    space,
+                    image,
+                    ranges,
+                    answer,
+                } => {
+                    // Whoever asked has given up: so be it.
+                    let _ = answer.send(self.recall(space, image, &ranges));
+                }
                 Command::Identify(probe) => self.probes.push(probe),
             }
         }
+    }
+
+    fn recall(&mut self, id: SpaceId, image: ImageId, ranges: &[(u64, u64)]) -> bool {
+        let Some(index) = self.index_of(id) else { return false };
+        let idle = self.in_hand.is_empty() && self.holders.get(&image).is_some_and(|h| h.store.is_idle());
+        let space = &mut self.spaces[index];
+        if space.ahead.is_none() || !space.map.is_drained() || !idle {
+            return false;
+        }
+        for (start, pages) in ranges {
+            space.map.recall(*start, *pages, image);
+        }
+        space.shared.status().away = space.map.per_image().clone();
+        true
     }
 
     fn withdraw(&mut self, index: usize) -> Option<Withdrawn> {
@@ -300,7 +325,12 @@ impl Family {
         let mut space = self.spaces.remove(index);
         space.map.forget_asked();
         let claim_of = |image: &ImageId| (*image, self.holders.get(image).map(|h| h.claim.clone()));
-        let held = space.map.per_image().keys().map(claim_of).collect();
+        let held = if space.ahead.is_some() {
+            // Pages may be called back from images that hold none at the moment.
+            space.map.images().map(|image| claim_of(&image)).collect()
+        } else {
+            space.map.per_image().keys().map(claim_of).collect()
+        };
         self.registry.spaces().remove(&space.shared.id);
         self.observer.finished(space.shared.id, Finish::Withdrawn);
         space.shared.finish(Finish::Withdrawn);
@@ -335,7 +365,7 @@ impl Family {
     fn settle_accounts(&mut self) {
         for index in (0..self.spaces.len()).rev() {
             let space = &mut self.spaces[index];
-            if space.map.is_drained() && !space.has_waiting() {
+            if space.map.is_drained() && !space.has_waiting() && space.ahead.is_none() {
                 space.unregister();
                 // Somebody may hold a copy of the descriptor: then closing ours frees no one who waits for an event
                 // to be read.
@@ -348,7 +378,8 @@ impl Family {
             }
         }
         for (image, holder) in &mut self.holders {
-            let needed = self.spaces.iter().any(|s| s.map.per_image().contains_key(image));
+            let needed = |s: &Space| s.ahead.is_some() || s.map.per_image().contains_key(image);
+            let needed = self.spaces.iter().any(needed);
             if !needed && Arc::strong_count(&holder.claim) == 1 {
                 holder.store.release();
             }

@@ -172,6 +172,13 @@ impl Store for Link {
         }
     }
 
+    fn is_idle(&self) -> bool {
+        match &self.state {
+            State::Up(lanes) => lanes.faults.outstanding() == 0 && lanes.bulk.outstanding() == 0,
+            State::Connecting(_) | State::Pausing(_) | State::Broken { .. } | State::Released => false,
+        }
+    }
+
     fn is_urgent(&self) -> bool {
         match &self.state {
             State::Up(lanes) => lanes.faults.outstanding() > 0,

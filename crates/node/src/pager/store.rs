@@ -46,6 +46,8 @@ pub(super) trait Store {
     fn has_room(&self) -> bool;
     /// A page is wanted for reading or writing.
     fn wanted(&mut self, want: Want, urgency: Urgency);
+    /// It is up and nothing that it was asked is still to come.
+    fn is_idle(&self) -> bool;
     /// Is something that was wanted now still to come?
     fn is_urgent(&self) -> bool;
     /// The page has been asked for and will be here about as soon as if it were asked for again.
