@@ -12,7 +12,7 @@ use super::{
 use crate::capture::Surroundings;
 use crate::capture::{Met, Trap};
 use dunlin_proto::ids::Pid;
-use dunlin_proto::image::{Child, DescriptionKind, Essence, Files, MappingKind, Pages, ThreadImage};
+use dunlin_proto::image::{Child, ChildStop, DescriptionKind, Essence, Files, MappingKind, Pages, ThreadImage};
 use dunlin_sys::foothold::Foothold;
 use dunlin_sys::pagemap::{self, Query};
 use dunlin_sys::procfs::ProcDir;
@@ -221,6 +221,7 @@ impl Frozen {
         let (file_pages, file_pages_dropped) = self.file_pages_now()?;
         let mut lineage = self.source.plan.image.lineage.clone();
         lineage.children = children(&self.source.dir)?;
+        self.ask_of_stops(&mut lineage.children)?;
         Ok(Essence {
             lineage,
             traits: read_traits(&self.source.dir, &status, &process)?,
@@ -235,6 +236,37 @@ impl Frozen {
             threads: images,
             clocks_ns: super::clocks(&self.source.dir),
         })
+    }
+
+    /// Has the process waited for the stops of its children?
+    fn ask_of_stops(&self, children: &mut [Child]) -> Result<(), CaptureError> {
+        const SYS_WAITID: i64 = 247;
+        const P_PID: u64 = 1;
+        const STOPPED_NOHANG_NOWAIT: u64 = 2 | 1 | 0x0100_0000;
+        let mut script = Script::new(&self.source.foothold.arena);
+        let mut asked = Vec::new();
+        for child in children {
+            let pid = child.pid.0 as u64;
+            // As many as there is room for: more than a shell has jobs.
+            if let Some(stop) = child.stop.as_mut().filter(|_| asked.len() < 64) {
+                let info = script.bytes(&[0; 128]);
+                script.attempt(
+                    "waitid",
+                    SYS_WAITID,
+                    &[P_PID, pid, info.address, STOPPED_NOHANG_NOWAIT, 0],
+                );
+                asked.push((stop, info));
+            }
+        }
+        if asked.is_empty() {
+            return Ok(());
+        }
+        let (_, answers) = script.run(Stopped::assume(self.source.host))?;
+        for (stop, info) in asked {
+            // si_signo: 0 where there is nothing to wait for.
+            stop.waitable = answers.bytes(info)[..4] != [0; 4];
+        }
+        Ok(())
     }
 
     fn space_now(
@@ -560,7 +592,7 @@ pub(super) fn own_filters(leader: &Stopped, count: Option<u32>, nest: usize) -> 
 }
 
 /// Takes the oldest pending signal of a number, without waiting: it runs elsewhere with the process.
-fn add_take(script: &mut Script<'_>, signal: i32) {
+pub(crate) fn add_take(script: &mut Script<'_>, signal: i32) {
     const SYS_RT_SIGTIMEDWAIT: i64 = 128;
     if !(1..=64).contains(&signal) {
         return;
@@ -590,6 +622,11 @@ fn children(dir: &ProcDir) -> Result<Vec<Child>, CaptureError> {
                 pgid: last(&status.ns_pgids),
                 sid: last(&status.ns_sids),
                 ended: (status.state == 'Z').then_some(stat.exit_code),
+                stop: (status.state == 'T').then_some(ChildStop {
+                    waitable: false,
+                    unsaid: false,
+                    pending: Vec::new(),
+                }),
                 comm: stat.comm,
             });
         }
