@@ -6,6 +6,7 @@
 //! decisions ([`decisions`]) are made where a word arrives. Invariant: whether a copy may run is said by
 //! `dunlin_cluster::relocation` alone.
 
+mod ahead;
 mod arrivals;
 mod attempts;
 mod decisions;
@@ -100,6 +101,7 @@ pub struct Mover {
     streams: Arc<dyn Streams>,
     installer: Arc<Installer>,
     arrivals: Arrivals,
+    ahead: ahead::Ahead,
     links: Links,
     home: Mutex<Home>,
     outbox: Mutex<Outbox>,
@@ -159,6 +161,7 @@ impl Mover {
             pager: Pager::new(),
             orders: Orders::default(),
             arrivals: Arrivals::default(),
+            ahead: ahead::Ahead::default(),
             links: Links::new(peers.clone()),
             home: Mutex::new(Home::restore(Duration::ZERO, modulus, here, ledger)),
             outbox: Mutex::new(Outbox::restore(Duration::ZERO, notices)),

@@ -11,6 +11,7 @@ mod claims;
 mod family;
 mod lane;
 mod link;
+mod pace;
 mod space;
 mod stats;
 mod store;
@@ -25,6 +26,7 @@ use dunlin_sys::uffd::Uffd;
 use rustix::fd::BorrowedFd;
 use stats::Shared;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::io;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -91,6 +93,10 @@ pub struct NewSpace {
     pub observer: Arc<dyn Observer>,
     /// From a [`Withdrawn`] space: kept until the images have been claimed anew.
     pub claims: Option<Claims>,
+    /// The program does not run yet, and its source still does: the memory (`/proc/PID/mem`, to be written). Such a
+    /// space is not finished when it is drained but stays until it is withdrawn, its pages can be [called
+    /// back](SpaceHandle::recall), and one that comes again overwrites what is there.
+    pub ahead: Option<File>,
 }
 
 /// A space that the pager has given back.
@@ -248,6 +254,20 @@ impl SpaceHandle {
                 (status.attached || status.finished.is_some()).then_some(())
             })
             .is_some()
+    }
+
+    /// Of a space [ahead](NewSpace::ahead) of its program: these pages of an image (first address, number of pages) were
+    /// written at their source since they were fetched, and have to come again. False, and nothing has changed, while
+    /// others are still to come: an answer that is on its way must not be taken for the new content.
+    pub fn recall(&self, image: ImageId, ranges: Vec<(u64, u64)>) -> bool {
+        let (send, receive) = channel();
+        self.family.send(Command::Recall {
+            space: self.id(),
+            image,
+            ranges,
+            answer: send,
+        });
+        receive.recv().unwrap_or(false)
     }
 
     /// Gives the space back, exactly as it is: nothing is installed after this returns. All its threads must be

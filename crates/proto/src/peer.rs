@@ -9,7 +9,7 @@
 //! users of its own control socket, and about nothing else.
 
 use crate::control::{ExitStatus, Failure, NodeStatus, ProcessRow};
-use crate::ids::{ImageId, Pid, RunId, Slot};
+use crate::ids::{ImageId, MoveId, Pid, RunId, Slot};
 use crate::stream::{StreamOpen, TtyState};
 use serde::{Deserialize, Serialize};
 
@@ -155,6 +155,24 @@ pub enum PeerRequest {
         /// The plans.
         plans: Vec<u8>,
     },
+    /// To the destination of a move that is being prepared: how far the memory of a process has come that is sent ahead
+    /// of its freeze (`Ahead`; `NotHere` if none is).
+    Ahead {
+        /// The move.
+        by: MoveId,
+        /// The process.
+        pid: Pid,
+    },
+    /// To the same: these pages (first address, number of pages) were written since they came and have to come again
+    /// (`Done`; `NotYet` while others are still to come; `NotHere`).
+    Recall {
+        /// The move.
+        by: MoveId,
+        /// The process.
+        pid: Pid,
+        /// Which.
+        ranges: Vec<(u64, u64)>,
+    },
     /// What CLOCK_MONOTONIC and CLOCK_BOOTTIME of the called node are, outside its nest (`Clocks`).
     Clocks,
     /// To the origin of a run: what its terminal is like, as [`PeerRequest::TerminalIs`] said last (`Tty`, `NotHere`).
@@ -194,6 +212,11 @@ pub enum PeerReply {
     NotHere,
     /// To `Drain`; `None` for a process that did not come by a move.
     Drain(Option<Drain>),
+    /// To `Ahead`: how many pages are still to come.
+    Ahead {
+        /// So many.
+        pages_left: u64,
+    },
     /// To `Examine`.
     Obstacles(Vec<crate::control::Obstacle>),
     /// To `Clocks`, nanoseconds.

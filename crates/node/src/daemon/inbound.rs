@@ -94,6 +94,8 @@ fn answer(node: &Arc<Node>, from: Slot, request: PeerRequest) -> PeerReply {
             Ok(obstacles) => PeerReply::Obstacles(obstacles),
             Err(why) => PeerReply::Failed(failure(FailureKind::Invalid, why, None)),
         },
+        PeerRequest::Ahead { by, pid } => node.mover.ahead_here(by, pid),
+        PeerRequest::Recall { by, pid, ranges } => node.mover.recall_here(by, pid, ranges),
         PeerRequest::Clocks => PeerReply::Clocks(crate::mover::raw_clocks()),
     }
 }

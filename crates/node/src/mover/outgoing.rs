@@ -3,14 +3,15 @@
 //! Owns the processes while they are prepared, frozen and given away. Refuses to decide: every step is asked for by the
 //! protocol's machine.
 
+use super::ahead::Rounds;
 use super::attempts::Attempts;
-use super::payload::{self, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared, Proposal};
+use super::payload::{self, Ahead, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared, Proposal};
 use super::progress::{Times, phase};
 use super::recover::ImageRecord;
 use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock, random};
 use crate::capture::freeze::Frozen;
-use crate::capture::{CaptureError, Met, Source, Surroundings};
+use crate::capture::{CaptureError, Met, Source, Surroundings, demanded};
 use crate::obstacle::obstacle;
 use crate::page_server::NewImage;
 use crate::pager::{NewSpace, Withdrawn};
@@ -24,7 +25,7 @@ use dunlin_proto::control::{
     Failure, FailureKind, MoveMode, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, WaitFor,
 };
 use dunlin_proto::ids::{ImageId, MoveId, Pid, Slot};
-use dunlin_proto::image::{Lineage, MappingKind, Plan as ProcessPlan};
+use dunlin_proto::image::{Lineage, Plan as ProcessPlan};
 use dunlin_proto::peer::{PeerReply, PeerRequest};
 use dunlin_proto::relocation::{Claim, LeaseRefusal, Member};
 use dunlin_sys::procfs::ProcDir;
@@ -85,7 +86,7 @@ impl Mover {
             .spawn(move || {
                 let mut met = Vec::new();
                 let party = mover.party(pid, false)?;
-                let prepared = mover.prepare_sources(&party, &mut met);
+                let prepared = mover.prepare_sources(&party, &mut met, false);
                 match prepared {
                     Ok(sources) => {
                         let obstacles = to.map_or(Ok(Vec::new()), |to| mover.examine_there(&sources, to));
@@ -128,7 +129,12 @@ impl Mover {
         Ok(party)
     }
 
-    fn prepare_sources(&self, party: &[(Pid, i32)], met: &mut Vec<Met>) -> Result<Vec<Source>, MoveOutcome> {
+    fn prepare_sources(
+        &self,
+        party: &[(Pid, i32)],
+        met: &mut Vec<Met>,
+        watch: bool,
+    ) -> Result<Vec<Source>, MoveOutcome> {
         let identify = |fd: std::os::fd::BorrowedFd<'_>| self.streams.identify(fd);
         let around = self.surroundings(&identify, party);
         let mut sources: Vec<Source> = Vec::new();
@@ -136,7 +142,7 @@ impl Mover {
         for (pid, host) in party {
             let prepared = self
                 .lineage(*pid, *host)
-                .and_then(|lineage| Source::prepare(*host, lineage, NEST_FILTERS, &around, met));
+                .and_then(|lineage| Source::prepare(*host, lineage, NEST_FILTERS, &around, met, watch));
             match prepared {
                 Ok(source) => sources.push(source),
                 Err(CaptureError::Obstacles(more)) => obstacles.extend(more),
@@ -378,11 +384,6 @@ impl<'a> Outgoing<'a> {
                 None,
             ))
         })?;
-        if request.mode != MoveMode::Demand {
-            let message = format!("process {pid} was not moved: only --mode demand exists so far; it runs on here");
-            let hint = Some("leave --mode away; dirty tracking for precopy and hybrid is in `node::dirty`, unused yet");
-            return Err(MoveOutcome::Failed(failure(FailureKind::Invalid, message, hint)));
-        }
         if to == mover.here {
             let message = format!("process {pid} is on {} already", request.to);
             return Err(MoveOutcome::Failed(failure(FailureKind::Invalid, message, None)));
@@ -412,7 +413,11 @@ impl<'a> Outgoing<'a> {
         let (sender, words) = channel();
         lock(&self.mover.sources).insert(self.plan.move_id, sender);
         self.mover.links.warm(self.plan.destination);
-        self.sources = self.mover.prepare_sources(&self.party, &mut self.met)?;
+        let watch = self.request.mode != MoveMode::Demand;
+        if watch {
+            self.await_own_drain()?;
+        }
+        self.sources = self.mover.prepare_sources(&self.party, &mut self.met, watch)?;
         match self.mover.examine_there(&self.sources, self.plan.destination) {
             Ok(obstacles) if obstacles.is_empty() => {}
             refused => {
@@ -497,10 +502,19 @@ impl<'a> Outgoing<'a> {
             SourceAction::Send { to, msg } => self.mover.send(to, msg),
             SourceAction::Prepare(_) => {
                 self.progress(MovePhase::Prepare);
-                let payload = self.prepare_payload();
-                self.events.push(SourceEvent::Prepared(payload));
+                let event = match self.prepare_payload() {
+                    Ok(payload) => SourceEvent::Prepared(payload),
+                    Err(error) => SourceEvent::Failed(error.to_string()),
+                };
+                self.events.push(event);
             }
-            SourceAction::ReadyToFreeze(_) => self.events.push(SourceEvent::Freeze),
+            SourceAction::ReadyToFreeze(_) => {
+                let event = match self.send_ahead() {
+                    Ok(()) => SourceEvent::Freeze,
+                    Err(error) => SourceEvent::Failed(error.to_string()),
+                };
+                self.events.push(event);
+            }
             SourceAction::Persist(record) => {
                 let blob = postcard::to_stdvec(&record).unwrap_or_default();
                 self.mover
@@ -541,6 +555,9 @@ impl<'a> Outgoing<'a> {
                         incarnation: *actual,
                     };
                     self.mover.decide(HomeEvent::Raise(vec![claim]));
+                }
+                for image in self.images.values() {
+                    self.mover.images.remove(*image);
                 }
                 self.sources.drain(..).for_each(Source::abandon);
                 let message = format!(
@@ -620,7 +637,7 @@ impl<'a> Outgoing<'a> {
     /// A comparison of everything takes its time.
     fn limits(&self) -> Limits {
         let mut limits = Limits::default();
-        if self.request.verify {
+        if self.request.verify || self.request.mode == MoveMode::Precopy {
             limits.parked = Duration::from_secs(300);
         }
         limits
@@ -630,21 +647,71 @@ impl<'a> Outgoing<'a> {
         format!("source/{}", self.plan.move_id)
     }
 
-    fn prepare_payload(&mut self) -> Vec<u8> {
-        let processes = self.sources.iter().map(|source| {
+    fn prepare_payload(&mut self) -> Result<Vec<u8>, CaptureError> {
+        let ahead = self.request.mode != MoveMode::Demand;
+        let mut processes = Vec::new();
+        for mut source in std::mem::take(&mut self.sources) {
             let image = ImageId {
                 holder: self.mover.here,
                 nonce: random(),
             };
             self.images.insert(source.pid, image);
-            Prepared {
+            processes.push(Prepared {
                 plan: source.plan.clone(),
                 image,
                 clock_offsets_ns: source.clock_offsets(),
-            }
+                ahead,
+            });
+            // First the watch, then the pages.
+            let served = match ahead {
+                true => source.watch_writes().and_then(|()| self.serve(&source, image)),
+                false => Ok(()),
+            };
+            self.sources.push(source);
+            served?;
+        }
+        Ok(payload::encode(&Prepare { processes }))
+    }
+
+    /// Serves the memory of a process, which may run.
+    fn serve(&self, source: &Source, id: ImageId) -> Result<(), CaptureError> {
+        let memory = source.memory()?;
+        self.mover.images.register(NewImage {
+            id,
+            mem: memory.memory,
+            pagemap: memory.pagemap,
+            keeper: None,
+            regions: demanded(&source.plan),
+            on_unused: self.on_unused(source.pid),
         });
-        payload::encode(&Prepare {
-            processes: processes.collect(),
+        Ok(())
+    }
+
+    /// Writes cannot be watched as long as the process waits for pages of an earlier move.
+    fn await_own_drain(&self) -> Result<(), MoveOutcome> {
+        const PATIENCE: Duration = Duration::from_secs(60);
+        for (pid, _) in &self.party {
+            let space = self.mover.arrivals.get(*pid).and_then(|arrival| arrival.space);
+            if space.is_some_and(|space| space.wait_finished(PATIENCE).is_none()) {
+                let message = format!("process {pid} was not moved: its pages are still coming from elsewhere");
+                let hint = Some("wait until they have come (`pages_elsewhere` in `dunlin ps`), or use --mode demand");
+                return Err(MoveOutcome::Failed(failure(FailureKind::Other, message, hint)));
+            }
+        }
+        Ok(())
+    }
+
+    /// What is to be sent before the freeze is sent.
+    fn send_ahead(&mut self) -> Result<(), CaptureError> {
+        let rounds = Rounds {
+            mover: &self.mover,
+            by: self.plan.move_id,
+            to: self.plan.destination,
+            mode: self.request.mode,
+        };
+        let reporter = self.reporter;
+        rounds.run(&mut self.sources, |progress| {
+            drop(reporter.send(Report::Progress(progress)))
         })
     }
 
@@ -738,18 +805,19 @@ impl<'a> Outgoing<'a> {
             images = arrival.images.iter().map(|(image, by)| (*image, *by)).collect();
             self.withdrawn.insert(pid, withdrawn);
         }
-        if let Some(image) = self.images.get(&pid) {
-            let memory = frozen.memory()?;
-            let regions = regions(&frozen.source.plan);
+        let mut ahead = None;
+        if let Some(image) = self.images.get(&pid).copied() {
+            let regions = demanded(&frozen.source.plan);
             self.regions.insert(pid, regions.clone());
-            self.mover.images.register(NewImage {
-                id: *image,
-                mem: memory.memory,
-                pagemap: memory.pagemap,
-                keeper: None,
-                regions,
-                on_unused: self.on_unused(pid),
-            });
+            if frozen.source.is_sent_ahead() {
+                ahead = Some(Ahead {
+                    stale: frozen.source.stale(&regions)?,
+                    all_first: self.request.mode == MoveMode::Precopy,
+                });
+                self.mover.images.set_regions(image, regions);
+            } else {
+                self.serve(&frozen.source, image)?;
+            }
         }
         let mut ids = frozen.tids();
         ids.retain(|tid| *tid != pid);
@@ -778,6 +846,7 @@ impl<'a> Outgoing<'a> {
                 digest,
                 images,
                 obeyed: self.obeyed.remove(&pid).unwrap_or_default(),
+                ahead,
             },
         ))
     }
@@ -825,6 +894,9 @@ impl<'a> Outgoing<'a> {
             match self.mover.leave_behind(frozen, &leaving) {
                 Ok((number, keeper)) => {
                     self.keepers.insert(pid, keeper);
+                    if let Some(image) = self.images.get(&pid) {
+                        self.mover.images.set_keeper(*image, keeper);
+                    }
                     self.remember_image(pid, number);
                 }
                 Err(error) => tracing::error!(%pid, %error, "a departed process was not cleared away"),
@@ -860,17 +932,6 @@ impl<'a> Outgoing<'a> {
             self.mover.drop_image_record(self.plan.move_id, pid);
         }
     }
-}
-
-/// What of a process's memory is served on demand: first addresses and numbers of pages.
-fn regions(plan: &ProcessPlan) -> Vec<(u64, u64)> {
-    let anonymous = plan
-        .image
-        .space
-        .mappings
-        .iter()
-        .filter(|m| m.kind == MappingKind::Anonymous);
-    anonymous.map(|m| (m.start, (m.end - m.start) / 4096)).collect()
 }
 
 impl Mover {
@@ -916,6 +977,7 @@ impl Mover {
             connect: self.connect(),
             observer: Arc::new(second),
             claims: Some(claims),
+            ahead: None,
         };
         match self.pager.adopt(space) {
             Ok(handle) => {

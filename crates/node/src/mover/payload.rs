@@ -24,6 +24,8 @@ pub struct Prepared {
     pub image: ImageId,
     /// How far its time namespace's monotonic clocks are from those of its node, nanoseconds.
     pub clock_offsets_ns: [i64; 2],
+    /// Its pages are served from now on, while it runs.
+    pub ahead: bool,
 }
 
 /// What travels inside the freeze: one per process, in the same order.
@@ -46,6 +48,17 @@ pub struct FrozenProcess {
     pub images: Vec<(ImageId, MoveId)>,
     /// The last order of each node that it has obeyed.
     pub obeyed: Obeyed,
+    /// If its pages were served ahead: what of them has to be forgotten.
+    pub ahead: Option<Ahead>,
+}
+
+/// The end of what was sent ahead of the freeze.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Ahead {
+    /// What was fetched of these pages (first address, number of pages) may be older than their last write.
+    pub stale: Vec<(u64, u64)>,
+    /// It is not to run before all its pages have come.
+    pub all_first: bool,
 }
 
 /// Which processes are proposed, for the destination's first look.

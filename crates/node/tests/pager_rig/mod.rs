@@ -218,6 +218,7 @@ pub fn adopt_with(
         connect,
         observer,
         claims,
+        ahead: None,
     };
     pager.adopt(new).map_err(|(e, _)| e).unwrap()
 }
