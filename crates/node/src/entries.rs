@@ -12,6 +12,7 @@ use crate::capture::freeze::LeftBehind;
 use crate::install::{Installer, Wanted};
 use crate::nest::{Nest, SurrogateSpec};
 use crate::processes::{Hidden, HiddenKind};
+use crate::signals::orders::settle_stop;
 use dunlin_proto::control::ExitStatus;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Child, Lineage};
@@ -324,18 +325,37 @@ impl Entries {
             } else {
                 Manner::AsMaker
             };
-            self.child_of(
+            let host = self.child_of(
                 Stopped::assume(maker),
                 (maker, Some(place)),
                 child.pid,
                 manner,
                 &child.comm,
             )?;
+            if let (Some(stop), Some(process)) = (&child.stop, rustix::process::Pid::from_raw(host)) {
+                self.hidden.is_stopped(child.pid, !stop.unsaid);
+                rustix::process::kill_process(process, rustix::process::Signal::STOP)?;
+                settle_stop(host);
+                self.send_all(child.pid, &stop.pending);
+            }
             if let Some(status) = child.ended {
                 self.end(child.pid, crate::processes::exits::decode(status))?;
             }
         }
         Ok(())
+    }
+
+    /// Sends a task of the nest signals with their payload.
+    pub fn send_all(&self, pid: Pid, signals: &[Vec<u8>]) {
+        for info in signals {
+            let Ok(info) = <&[u8; 128]>::try_from(&info[..]) else {
+                continue;
+            };
+            let signal = i32::from_le_bytes([info[0], info[1], info[2], info[3]]);
+            if let Err(error) = self.nest.signal(pid, signal, info) {
+                tracing::warn!(%pid, signal, %error, "a signal is lost");
+            }
+        }
     }
 
     /// Ends a surrogate as the process it stands for has ended, so that its parent's wait(2) says so. Waits while a move

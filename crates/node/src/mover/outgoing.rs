@@ -794,6 +794,7 @@ impl<'a> Outgoing<'a> {
             !moving.contains(&child.pid)
                 && self.mover.hidden.kind(child.pid) != Some(crate::processes::HiddenKind::Keeper)
         });
+        self.mover.take_stops(&mut essence.lineage.children);
         let arrival = self.mover.arrivals.get(pid);
         let mut map = None;
         let mut images = Vec::new();
