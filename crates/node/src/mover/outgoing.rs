@@ -11,7 +11,7 @@ use super::recover::ImageRecord;
 use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock, random};
 use crate::capture::freeze::Frozen;
-use crate::capture::{CaptureError, Met, Source, Surroundings, demanded};
+use crate::capture::{CaptureError, Met, Source, Surroundings, Watch, demanded};
 use crate::obstacle::obstacle;
 use crate::page_server::NewImage;
 use crate::pager::{NewSpace, Withdrawn};
@@ -300,6 +300,7 @@ struct Outgoing<'a> {
     withdrawn: BTreeMap<Pid, Withdrawn>,
     images: BTreeMap<Pid, ImageId>,
     keepers: BTreeMap<Pid, i32>,
+    watches: Vec<Watch>,
     regions: BTreeMap<Pid, Vec<(u64, u64)>>,
     times: Times,
     reporter: &'a Reporter,
@@ -352,6 +353,7 @@ impl<'a> Outgoing<'a> {
             withdrawn: BTreeMap::new(),
             images: BTreeMap::new(),
             keepers: BTreeMap::new(),
+            watches: Vec::new(),
             regions: BTreeMap::new(),
             times: Times::start(),
             reporter,
@@ -706,8 +708,10 @@ impl<'a> Outgoing<'a> {
         };
         let reporter = self.reporter;
         rounds.run(&mut self.sources, |progress| {
-            drop(reporter.send(Report::Progress(progress)))
-        })
+            let _ = reporter.send(Report::Progress(progress));
+        })?;
+        let mut ahead = self.sources.iter_mut().filter(|source| source.is_sent_ahead());
+        ahead.try_for_each(Source::look_again)
     }
 
     fn freeze(&mut self) -> Result<(Vec<Member>, Vec<u8>), CaptureError> {
@@ -867,8 +871,9 @@ impl<'a> Outgoing<'a> {
     fn make_images(&mut self) {
         let to = self.plan.destination;
         let leaving: Vec<i32> = self.party.iter().map(|(_, host)| *host).collect();
-        for frozen in std::mem::take(&mut self.frozen) {
+        for mut frozen in std::mem::take(&mut self.frozen) {
             let pid = frozen.source.pid;
+            self.watches.push(frozen.source.take_watch());
             let streams = frozen.source.streams();
             self.mover.exits.left(pid);
             match self.mover.leave_behind(frozen, &leaving) {
