@@ -32,6 +32,7 @@ use crate::pager::Pager;
 use crate::peers::Peers;
 use crate::processes::exits::Exits;
 use crate::processes::{Hidden, HiddenKind, Residents};
+use crate::signals::orders::Orders;
 use arrivals::Arrivals;
 use dunlin_cluster::relocation::destination::DestinationEvent;
 use dunlin_cluster::relocation::home::{Home, HomeEvent};
@@ -95,6 +96,8 @@ pub struct Mover {
     pub pager: Pager,
     /// The surrogates of its nest.
     pub entries: Entries,
+    /// Which orders its processes have obeyed.
+    pub orders: Orders,
     streams: Arc<dyn Streams>,
     installer: Arc<Installer>,
     arrivals: Arrivals,
@@ -156,6 +159,7 @@ impl Mover {
             entries: Entries::new(nest.clone(), hidden.clone(), installer.clone()),
             images: ImageStore::new(),
             pager: Pager::new(),
+            orders: Orders::default(),
             arrivals: Arrivals::default(),
             ahead: ahead::Ahead::default(),
             links: Links::new(peers.clone()),
@@ -316,6 +320,7 @@ impl Mover {
     fn leave_behind(&self, frozen: Frozen, leaving: &[i32]) -> io::Result<(Pid, i32)> {
         let (pid, host) = (frozen.source.pid, frozen.source.host);
         let comm = ProcDir::process(host).bytes("comm")?;
+        let stopped = frozen.is_stopped();
         let left = frozen.into_image().map_err(io::Error::other)?;
         let number = left.keeper;
         self.hidden.insert(number, HiddenKind::Keeper);
@@ -329,6 +334,7 @@ impl Mover {
             HiddenKind::Leaving
         };
         self.hidden.insert(pid, kind);
+        self.hidden.is_stopped(pid, stopped);
         match kind {
             HiddenKind::Leaving => left.exit().map_err(io::Error::other)?,
             _ => self.entries.stay(left, pid, host, comm.trim_ascii_end())?,

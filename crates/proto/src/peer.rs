@@ -99,7 +99,7 @@ pub enum PeerRequest {
         /// The process.
         pid: Pid,
     },
-    /// To the node where a process is: send it a signal (`Done`, `NotHere`, `Failed`).
+    /// To the node where a process is: send it a signal (`Done`, `NotHere`, `Failed`; `NotYet` while it is being moved).
     Signal {
         /// The process.
         pid: Pid,
@@ -109,6 +109,9 @@ pub enum PeerRequest {
         siginfo: Option<Vec<u8>>,
         /// Who sends it.
         by: Caller,
+        /// Of a stop or continuation that a surrogate of the calling node passes on: its number, rising. Obeyed once,
+        /// and not after a later one.
+        order: Option<u64>,
     },
     /// To the node where a process is: wait for a bounded while for its end (`Exited`, `NotYet`, `NotHere`, `Failed`).
     Wait {
@@ -123,6 +126,8 @@ pub enum PeerRequest {
         child: Pid,
         /// What has become of it.
         change: Change,
+        /// The last order of the called node that it had obeyed by then; 0: none.
+        after: u64,
     },
     /// To the origin of a run: this process of it has come to the calling node. If it is the top process, the input goes
     /// there from now on (`Done`); `NotYet`: what it has not read elsewhere must come back first.

@@ -127,6 +127,11 @@ impl Foothold {
         ))
     }
 
+    /// Whether a mapping is of some foothold, by the name that only such a file has.
+    pub fn is_arena(mapping: &maps::Mapping) -> bool {
+        mapping.shared && mapping.name.starts_with(b"/memfd:\x7fELF")
+    }
+
     /// Takes the loop out of the target again. No thread of it may be inside.
     pub fn uproot(&self, thread: Stopped) -> Result<Stopped, FootholdError> {
         let place = [self.arena.base(), ARENA_BYTES, 0, 0, 0, 0];

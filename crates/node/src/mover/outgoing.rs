@@ -15,6 +15,7 @@ use crate::capture::{CaptureError, Met, Source, Surroundings, Watch, demanded};
 use crate::obstacle::obstacle;
 use crate::page_server::NewImage;
 use crate::pager::{NewSpace, Withdrawn};
+use crate::signals::orders::Obeyed;
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::home::HomeEvent;
 use dunlin_cluster::relocation::source::{
@@ -299,6 +300,8 @@ struct Outgoing<'a> {
     frozen: Vec<Frozen>,
     withdrawn: BTreeMap<Pid, Withdrawn>,
     images: BTreeMap<Pid, ImageId>,
+    /// The orders that each has obeyed, from when nobody could give it more.
+    obeyed: BTreeMap<Pid, Obeyed>,
     keepers: BTreeMap<Pid, i32>,
     watches: Vec<Watch>,
     regions: BTreeMap<Pid, Vec<(u64, u64)>>,
@@ -352,6 +355,7 @@ impl<'a> Outgoing<'a> {
             frozen: Vec::new(),
             withdrawn: BTreeMap::new(),
             images: BTreeMap::new(),
+            obeyed: BTreeMap::new(),
             keepers: BTreeMap::new(),
             watches: Vec::new(),
             regions: BTreeMap::new(),
@@ -400,6 +404,7 @@ impl<'a> Outgoing<'a> {
         let mut this = Outgoing::new(mover.clone(), request, plan, party, reporter);
         this.times = times;
         let outcome = this.go();
+        mover.hand_over(std::mem::take(&mut this.withdrawn));
         lock(&mover.sources).remove(&id);
         lock(&mover.busy).retain(|_, by| *by != id);
         outcome
@@ -720,6 +725,12 @@ impl<'a> Outgoing<'a> {
         let identify = |fd: std::os::fd::BorrowedFd<'_>| mover.streams.identify(fd);
         let around = mover.surroundings(&identify, &self.party);
         around.look();
+        // From here on what is sent to it would stay behind with the emptied process.
+        self.obeyed = self
+            .party
+            .iter()
+            .map(|(pid, _)| (*pid, mover.orders.close(*pid)))
+            .collect();
         for (run, stream) in self.sources.iter().flat_map(Source::streams) {
             mover.streams.settle(run, stream)?;
         }
@@ -837,6 +848,7 @@ impl<'a> Outgoing<'a> {
                 map,
                 digest,
                 images,
+                obeyed: self.obeyed.remove(&pid).unwrap_or_default(),
                 ahead,
             },
         ))
@@ -852,6 +864,13 @@ impl<'a> Outgoing<'a> {
 
     fn thaw(&mut self) {
         self.tight = false;
+        self.thaw_all();
+        for (pid, _) in &self.party {
+            self.mover.orders.open(*pid);
+        }
+    }
+
+    fn thaw_all(&mut self) {
         for image in self.images.values() {
             self.mover.images.remove(*image);
         }
@@ -888,12 +907,9 @@ impl<'a> Outgoing<'a> {
             }
             self.mover.streams.departed(pid, &streams, to);
             self.mover.residents.remove(pid);
+            self.mover.orders.leave(pid);
             if self.mover.arrivals.remove(pid).is_some() {
                 self.mover.forget_arrival(pid);
-            }
-            // The new node has claimed the older images by now, or will be told of them by its own map.
-            if let Some(withdrawn) = self.withdrawn.remove(&pid) {
-                self.mover.hand_over(withdrawn);
             }
         }
         self.mover.sweep();
@@ -982,9 +998,13 @@ impl Mover {
         }
     }
 
-    /// Keeps a withdrawn space's claims until its new node has had time to claim the images itself.
-    fn hand_over(&self, withdrawn: Withdrawn) {
-        const GRACE: Duration = Duration::from_secs(30);
+    /// Keeps the claims of withdrawn spaces, whose pages from here are all there, until their new node has certainly claimed
+    /// the older images itself.
+    fn hand_over(&self, withdrawn: BTreeMap<Pid, Withdrawn>) {
+        const GRACE: Duration = Duration::from_secs(3);
+        if withdrawn.is_empty() {
+            return;
+        }
         let keep = std::thread::Builder::new().name("hand-over".into()).spawn(move || {
             std::thread::sleep(GRACE);
             drop(withdrawn);

@@ -2,6 +2,7 @@
 //!
 //! Owns these types; the protocol passes them through unread.
 
+use crate::signals::orders::Obeyed;
 use dunlin_proto::ids::{ImageId, MoveId, Pid};
 use dunlin_proto::image::{Essence, Plan};
 use dunlin_proto::pages::MapImage;
@@ -45,6 +46,8 @@ pub struct FrozenProcess {
     pub digest: Option<crate::verify::Digest>,
     /// Which move left each image that the map names.
     pub images: Vec<(ImageId, MoveId)>,
+    /// The last order of each node that it has obeyed.
+    pub obeyed: Obeyed,
     /// If its pages were served ahead: what of them has to be forgotten.
     pub ahead: Option<Ahead>,
 }

@@ -10,6 +10,7 @@ use super::{Mover, lock, outgoing};
 use crate::nest::Nest;
 use crate::page_server::NewImage;
 use crate::processes::{HiddenKind, Resident};
+use crate::signals::orders::is_stopped;
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::destination::{DestinationMove, DestinationRecord, Found};
 use dunlin_cluster::relocation::source::{SourceEvent, SourceRecord};
@@ -122,6 +123,7 @@ impl Mover {
                     HiddenKind::Relative
                 };
                 self.hidden.insert(pid, kind);
+                self.hidden.is_stopped(pid, is_stopped(host) == Some(true));
             }
         }
     }
