@@ -592,6 +592,7 @@ impl Incoming {
             Err(error) => tracing::error!(%pid, %error, "an arrived process cannot be watched"),
         }
         mover.streams.arrived(pid, &streams);
+        tracing::info!(%pid, from = %self.id.source, ?incarnation, "a process has arrived");
     }
 
     fn destroy(&mut self) {
