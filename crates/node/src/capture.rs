@@ -17,7 +17,7 @@ mod threads;
 mod trap;
 mod writes;
 
-pub use ahead::{Run, demanded};
+pub use ahead::{Run, Watch, demanded};
 pub use descriptors::Met;
 pub use sleep::{made_again, monotonic_ns, remember};
 pub use surroundings::Surroundings;
@@ -145,6 +145,8 @@ pub struct Source {
     sleeps: Sleeps,
     nest_filters: usize,
     writes: ahead::Writes,
+    /// The listing is newer than the plan.
+    looked_again: bool,
 }
 
 /// What was seen of a process while it ran.
@@ -276,6 +278,7 @@ impl Source {
             sleeps,
             nest_filters,
             writes: watched.map_or(ahead::Writes::Unwatched, ahead::Writes::Watchable),
+            looked_again: false,
         };
         source.plan.image.threads = source.tids.values().copied().map(placeholder).collect();
         source.plan.image.threads.sort_by_key(|t| (t.tid != pid, t.tid));

@@ -300,7 +300,7 @@ impl Frozen {
         let now = maps::parse(&source.dir.bytes("maps")?).map_err(io::Error::from)?;
         // With what the plan was made of, not with a text read beside it: the program was running in between.
         let same = now.iter().eq(source.listing.iter().map(|(mapping, _)| mapping));
-        if same && brk == source.plan.image.space.layout[5] {
+        if same && !source.looked_again && brk == source.plan.image.space.layout[5] {
             return Ok(None);
         }
         let listing = space::relisting(now, &source.listing);
