@@ -18,7 +18,7 @@ use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Child, Lineage};
 use dunlin_sys::foothold::{Foothold, syscall_instruction};
 use dunlin_sys::procfs::{ProcDir, maps};
-use dunlin_sys::ptrace::{Options, Running, Stopped};
+use dunlin_sys::ptrace::{Options, Running, Stopped, TraceError};
 use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -36,6 +36,8 @@ const AT_EMPTY_PATH: u64 = 0x1000;
 const CLONE_VM: u64 = 0x100;
 const SIGCHLD: u64 = 17;
 const INIT: Pid = Pid(1);
+/// No move that prepares goes on longer than this.
+const LONGEST_MOVE: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The surrogates of one nest.
@@ -356,8 +358,21 @@ impl Entries {
         }
     }
 
-    /// Ends a surrogate as the process it stands for has ended, so that its parent's wait(2) says so.
+    /// Ends a surrogate as the process it stands for has ended, so that its parent's wait(2) says so. Waits while a move
+    /// that cannot succeed any more makes a process of it: only one can trace it.
     pub fn end(&self, pid: Pid, status: ExitStatus) -> io::Result<()> {
+        let deadline = Instant::now() + LONGEST_MOVE;
+        loop {
+            match self.end_now(pid, status) {
+                Err(error) if is_traced(&error) && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                done => return done,
+            }
+        }
+    }
+
+    fn end_now(&self, pid: Pid, status: ExitStatus) -> io::Result<()> {
         let Some(host) = self.nest.host_pid(pid)? else {
             return Ok(());
         };
@@ -393,7 +408,7 @@ impl Entries {
             ExitStatus::Signal { signal, .. } => return die_by(thread, host, at, signal),
         };
         match thread.inject(at, SYS_EXIT_GROUP, [code as u64, 0, 0, 0, 0, 0]) {
-            Err(dunlin_sys::ptrace::TraceError::Gone { .. }) | Ok(_) => Ok(()),
+            Err(TraceError::Gone { .. }) | Ok(_) => Ok(()),
             Err(error) => Err(other(error)),
         }
     }
@@ -441,6 +456,12 @@ fn die_by(thread: Stopped, host: i32, at: u64, signal: i32) -> io::Result<()> {
         .map_err(other)?;
     rustix::process::kill_process(process, signal)?;
     thread.detach(0).map_err(other)
+}
+
+/// What the kernel answers to a second tracer.
+fn is_traced(error: &io::Error) -> bool {
+    let trace = error.get_ref().and_then(|inner| inner.downcast_ref::<TraceError>());
+    matches!(trace, Some(TraceError::Refused { errno, .. }) if errno.0 == 1)
 }
 
 fn other(error: impl std::error::Error + Send + Sync + 'static) -> io::Error {

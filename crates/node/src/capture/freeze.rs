@@ -7,7 +7,7 @@
 use super::questions::{ProcessQuestions, ThreadQuestions};
 use super::threads::{self, FrozenThread};
 use super::{
-    CaptureError, Memory, PAGE, SCRIPT_MASK, Source, descriptors, parked, read_traits, sleep, space, stop_one,
+    CaptureError, Memory, PAGE, SCRIPT_MASK, Source, descriptors, parked, read_traits, sleep, space, stop_one, writes,
 };
 use crate::capture::Surroundings;
 use crate::capture::{Met, Trap};
@@ -88,9 +88,29 @@ impl Source {
             self.seize_new(&mut seen, &mut running)?;
         }
         let trap = Trap::look(&self.dir)?;
-        let mut frozen = Vec::with_capacity(stopped.len());
-        for thread in stopped {
-            frozen.push(self.settle(thread)?);
+        let mut frozen: Vec<FrozenThread> = Vec::with_capacity(stopped.len());
+        let mut stopped = stopped.into_iter();
+        while let Some(thread) = stopped.next() {
+            let as_found = (thread.tid(), thread.registers()?, thread.signal_mask()?);
+            match self.settle(thread) {
+                Ok(thread) => frozen.push(thread),
+                // Killed; the whole process is, or it was a thread that nobody will miss.
+                Err(CaptureError::Gone) => {}
+                Err(error) => {
+                    let (tid, registers, mask) = as_found;
+                    let settled = frozen.iter().map(|t| (t.thread.tid(), &t.registers, t.mask));
+                    for (tid, registers, mask) in settled.chain([(tid, &registers, mask)]) {
+                        let thread = Stopped::assume(tid);
+                        let _ = thread.set_registers(registers);
+                        let _ = thread.set_signal_mask(mask);
+                        let _ = thread.detach(0);
+                    }
+                    for thread in stopped {
+                        let _ = thread.detach(0);
+                    }
+                    return Err(error);
+                }
+            }
         }
         frozen.sort_by_key(|t| (t.tid != self.pid, t.tid));
         if frozen.first().is_none_or(|t| t.tid != self.pid) {
@@ -124,6 +144,8 @@ impl Source {
         if let Some(again) = sleep::made_again(&registers) {
             registers = again;
         }
+        let at = self.foothold.syscall_at;
+        let thread = writes::complete(thread, self.host, at, &mut registers, &self.memory)?;
         if let Some(abort) = threads::rseq_abort(&thread, &self.memory, registers.rip)? {
             registers.rip = abort;
         }

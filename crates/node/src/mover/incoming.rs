@@ -602,6 +602,7 @@ impl Incoming {
         }
         mover.streams.arrived(pid, &streams);
         mover.tell_stops(&lineage.children);
+        tracing::info!(%pid, from = %self.id.source, ?incarnation, "a process has arrived");
     }
 
     fn destroy(&mut self) {

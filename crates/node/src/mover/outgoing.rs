@@ -902,6 +902,7 @@ impl<'a> Outgoing<'a> {
                 Err(error) => tracing::error!(%pid, %error, "a departed process was not cleared away"),
             }
             self.mover.streams.departed(pid, &streams, to);
+            tracing::info!(%pid, %to, "a process has left");
             self.mover.residents.remove(pid);
             self.mover.orders.leave(pid);
             if self.mover.arrivals.remove(pid).is_some() {
