@@ -105,6 +105,11 @@ impl Node {
         while self.runs.of(pid).is_some() && Instant::now() < deadline {
             thread::sleep(WORD_AFTER);
         }
+        // So may the word of an end elsewhere: the entry here is about to end with it.
+        let is_entry = || self.hidden.kind(pid).is_some();
+        while is_entry() && self.exits.ended(pid).is_none() && Instant::now() < deadline {
+            thread::sleep(WORD_AFTER);
+        }
         self.exits.ended(pid).map_or(Place::Nowhere, |e| Place::Ended {
             status: e.status,
             uid: e.uid,
