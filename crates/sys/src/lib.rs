@@ -24,6 +24,7 @@ pub mod seccomp;
 pub mod sigwait;
 pub mod spawn;
 pub mod surrogate;
+pub mod tape;
 pub mod termination;
 pub mod uffd;
 pub mod vmcopy;

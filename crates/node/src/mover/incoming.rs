@@ -9,7 +9,7 @@ use super::recover::ArrivalRecord;
 use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock};
 use crate::obstacle::obstacle;
-use crate::pager::{NewSpace, SpaceHandle};
+use crate::pager::{Journal, NewSpace, SpaceHandle};
 use crate::processes::{HiddenKind, Resident};
 use crate::restore::{Blank, Common, Kit, RestoreError};
 use crate::verify;
@@ -20,6 +20,7 @@ use dunlin_cluster::relocation::home::HomeEvent;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{ImageId, MoveId, Pid, RunId, Slot};
 use dunlin_proto::image::{DescriptionKind, Plan};
+use dunlin_proto::pages::ClientId;
 use dunlin_proto::peer::{PeerReply, PeerRequest};
 use dunlin_proto::relocation::Member;
 use dunlin_sys::ptrace::Options;
@@ -377,17 +378,21 @@ impl Incoming {
         let blank = &self.blanks[index];
         let (uffd, regions) = blank.pages().map_err(|e| e.to_string())?;
         let map = page_map(process, &regions, image).map_err(|e| e.to_string())?;
-        let second = SecondHand::new(self.mover.nest.clone(), blank.host);
+        let second = SecondHand::new(self.mover.nest.clone());
+        let id = self.mover.pager.next_id();
+        let journal = Journal::begin(ClientId(super::random()), &map).map_err(|e| format!("no journal for it: {e}"))?;
         second
-            .keep(uffd.as_fd())
+            .keep(id, (blank.pid, blank.host), uffd.as_fd(), &journal)
             .map_err(|e| format!("init could not take its userfaultfd: {e}"))?;
         let space = NewSpace {
+            id: Some(id),
             pid: Some(blank.host),
             uffd,
             map,
             connect: self.mover.connect(),
             observer: Arc::new(second),
             claims: None,
+            journal: Some(journal),
         };
         match self.mover.pager.adopt(space) {
             Ok(handle) => {
@@ -417,6 +422,7 @@ impl Incoming {
 
     fn resume(&mut self) {
         let started = Instant::now();
+        (0..self.frozen.len()).for_each(|index| self.remember(index));
         let blanks = std::mem::take(&mut self.blanks);
         let mut hosts = Vec::new();
         for (blank, process) in blanks.into_iter().zip(&self.frozen) {
@@ -433,6 +439,30 @@ impl Incoming {
         }
     }
 
+    /// Which move left each image that a process may still need.
+    fn images_of(&self, index: usize) -> BTreeMap<ImageId, MoveId> {
+        let mut images: BTreeMap<ImageId, MoveId> = self.frozen[index].images.iter().copied().collect();
+        images.insert(self.prepared[index].image, self.id);
+        images
+    }
+
+    /// Writes down, before it runs, what a later daemon must know of a process that came.
+    fn remember(&self, index: usize) {
+        let process = &self.frozen[index];
+        let lineage = &process.essence.lineage;
+        let member = self.members.iter().find(|m| m.pid == lineage.pid);
+        self.mover.remember_arrival(&ArrivalRecord {
+            pid: lineage.pid,
+            moves: lineage.moves + 1,
+            command: lineage.command.clone(),
+            incarnation: member.map(|m| m.incarnation.after_commit()).unwrap_or_default(),
+            ids: member.map(|m| m.ids.clone()).unwrap_or_default(),
+            images: self.images_of(index).into_iter().collect(),
+            relatives: self.relatives[index].clone(),
+            uid: process.essence.traits.uids[0],
+        });
+    }
+
     fn arrive(&mut self, index: usize) {
         let process = &self.frozen[index];
         let lineage = &process.essence.lineage;
@@ -445,18 +475,7 @@ impl Incoming {
         let member = self.members.iter().find(|m| m.pid == pid);
         let incarnation = member.map(|m| m.incarnation.after_commit()).unwrap_or_default();
         let streams = streams_of(process, &self.prepared[index].plan);
-        let elsewhere = {
-            let space = space.clone();
-            move || {
-                let mut by_node = BTreeMap::new();
-                if space.progress().finished.is_none() {
-                    for (image, pages) in space.pages_elsewhere() {
-                        *by_node.entry(image.holder).or_insert(0) += pages;
-                    }
-                }
-                by_node
-            }
-        };
+        let elsewhere = elsewhere(space.clone());
         mover.residents.insert(
             pid,
             Resident {
@@ -464,33 +483,22 @@ impl Incoming {
                 command: lineage.command.clone(),
                 incarnation,
                 frozen: false,
-                elsewhere: Arc::new(elsewhere),
+                elsewhere,
             },
         );
         let ids = member.map(|m| m.ids.clone()).unwrap_or_default();
         let relatives = std::mem::take(&mut self.relatives[index]);
-        let mut images: BTreeMap<ImageId, MoveId> = process.images.iter().copied().collect();
-        images.insert(self.prepared[index].image, self.id);
+        let images = self.images_of(index);
         mover.arrivals.insert(
             pid,
             Arrival {
-                ids: ids.clone(),
-                images: images.clone(),
+                ids,
+                images,
                 space: Some(space),
-                relatives: relatives.clone(),
+                relatives,
                 verified_pages: self.verified.get(&pid).copied(),
             },
         );
-        mover.remember_arrival(&ArrivalRecord {
-            pid,
-            moves: lineage.moves + 1,
-            command: lineage.command.clone(),
-            incarnation,
-            ids,
-            images: images.into_iter().collect(),
-            relatives,
-            uid: process.essence.traits.uids[0],
-        });
         lock(&mover.busy).insert(pid, self.id);
         mover.hidden.remove(pid);
         match mover.nest.pidfd(pid) {
@@ -521,6 +529,19 @@ impl Incoming {
         self.spaces.clear();
         self.common = Common::default();
     }
+}
+
+/// How many pages of a space are elsewhere, by node.
+pub(super) fn elsewhere(space: SpaceHandle) -> Arc<dyn Fn() -> BTreeMap<Slot, u64> + Send + Sync> {
+    Arc::new(move || {
+        let mut by_node = BTreeMap::new();
+        if space.progress().finished.is_none() {
+            for (image, pages) in space.pages_elsewhere() {
+                *by_node.entry(image.holder).or_insert(0) += pages;
+            }
+        }
+        by_node
+    })
 }
 
 /// Where the pages of an arriving process are: what is still elsewhere by its own map, everything else at its source.

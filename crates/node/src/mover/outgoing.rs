@@ -6,13 +6,12 @@
 use super::payload::{self, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared, Proposal};
 use super::progress::{Times, phase};
 use super::recover::ImageRecord;
-use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock, random};
 use crate::capture::freeze::Frozen;
 use crate::capture::{CaptureError, Met, Source, Surroundings};
 use crate::obstacle::obstacle;
 use crate::page_server::NewImage;
-use crate::pager::{NewSpace, Withdrawn};
+use crate::pager::{Journal, NewSpace, Withdrawn};
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::home::HomeEvent;
 use dunlin_cluster::relocation::source::{
@@ -23,6 +22,7 @@ use dunlin_proto::control::{
 };
 use dunlin_proto::ids::{ImageId, MoveId, Pid, Slot};
 use dunlin_proto::image::{Lineage, MappingKind, Plan as ProcessPlan};
+use dunlin_proto::pages::ClientId;
 use dunlin_proto::peer::{PeerReply, PeerRequest};
 use dunlin_proto::relocation::{Claim, LeaseRefusal, Member};
 use dunlin_sys::procfs::ProcDir;
@@ -289,7 +289,13 @@ struct Outgoing<'a> {
 }
 
 /// Goes on with a move of a former daemon, of which these images are left: who asked for it is not told.
-pub(super) fn go_on(mover: &Arc<Mover>, record: SourceRecord, images: Vec<(ImageRecord, i32)>, words: &Receiver<Word>) {
+pub(super) fn go_on(
+    mover: &Arc<Mover>,
+    record: SourceRecord,
+    images: Vec<(ImageRecord, i32)>,
+    withdrawn: BTreeMap<Pid, Withdrawn>,
+    words: &Receiver<Word>,
+) {
     let (reporter, _) = channel();
     let plan = record.plan;
     let request = MoveRequest {
@@ -302,6 +308,7 @@ pub(super) fn go_on(mover: &Arc<Mover>, record: SourceRecord, images: Vec<(Image
     };
     let mut this = Outgoing::new(mover.clone(), request, plan, Vec::new(), &reporter);
     this.told = true;
+    this.withdrawn = withdrawn;
     for (image, keeper) in images {
         this.images.insert(image.pid, image.id);
         this.keepers.insert(image.pid, keeper);
@@ -856,20 +863,28 @@ impl Mover {
     /// Serves a space again whose move was given up.
     fn adopt_again(&self, pid: Pid, withdrawn: Withdrawn) {
         let Withdrawn {
+            id: old,
+            observer,
             pid: host,
             uffd,
             map,
             claims,
         } = withdrawn;
-        let second = SecondHand::new(self.nest.clone(), host.unwrap_or(0));
-        self.log("keeping a userfaultfd", second.keep(uffd.as_fd()));
+        let id = self.pager.next_id();
+        let journal = Journal::begin(ClientId(random()), &map);
+        match &journal {
+            Ok(journal) => observer.renamed(old, id, uffd.as_fd(), journal.as_fd()),
+            Err(error) => tracing::error!(%pid, %error, "no journal for its address space"),
+        }
         let space = NewSpace {
+            id: Some(id),
             pid: host,
             uffd,
             map,
             connect: self.connect(),
-            observer: Arc::new(second),
+            observer,
             claims: Some(claims),
+            journal: journal.ok(),
         };
         match self.pager.adopt(space) {
             Ok(handle) => {
@@ -887,10 +902,12 @@ impl Mover {
     }
 
     /// Keeps a withdrawn space's claims until its new node has had time to claim the images itself.
-    fn hand_over(&self, withdrawn: Withdrawn) {
+    pub(super) fn hand_over(&self, withdrawn: Withdrawn) {
         const GRACE: Duration = Duration::from_secs(30);
         let keep = std::thread::Builder::new().name("hand-over".into()).spawn(move || {
             std::thread::sleep(GRACE);
+            // Until then a daemon that comes after this one does the same.
+            withdrawn.observer.let_go(withdrawn.id);
             drop(withdrawn);
         });
         if let Err(error) = keep {

@@ -1,25 +1,29 @@
 //! What a new daemon takes up of the moves of the one before it.
 //!
 //! Owns the records that init keeps of arrivals and of images, and their reading. Refuses to guess: a surrogate is known
-//! by the program that it runs, a keeper by its record. Invariants: every hidden task is hidden again before anybody is
-//! served; an image is served again as long as its keeper lives; a process whose pages were still elsewhere waits (init
-//! holds its userfaultfd), and is not moved.
+//! by the program that it runs, a keeper by its record. Invariants: every hidden task is hidden again, and every move of
+//! the last daemon known again, before anybody is served or any word sent; an image is served again as long as its keeper
+//! lives; a process whose pages were still elsewhere is served again from its journal.
 
 use super::arrivals::Arrival;
+use super::incoming::elsewhere;
+use super::second_hand::{self, SecondHand};
 use super::{Mover, lock, outgoing};
 use crate::nest::Nest;
 use crate::page_server::NewImage;
+use crate::pager::{Journal, SpaceHandle, Survivor, Withdrawn};
 use crate::processes::{HiddenKind, Resident};
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::destination::{DestinationMove, DestinationRecord, Found};
-use dunlin_cluster::relocation::source::{SourceEvent, SourceRecord};
+use dunlin_cluster::relocation::source::{SourceEvent, SourceRecord, SourceStage};
 use dunlin_proto::control::ExitStatus;
 use dunlin_proto::ids::{ImageId, Incarnation, MoveId, Pid};
 use dunlin_proto::relocation::Ending;
 use dunlin_sys::procfs::ProcDir;
+use dunlin_sys::uffd::Uffd;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -58,7 +62,7 @@ impl Mover {
     pub(super) fn remember_arrival(&self, record: &ArrivalRecord) {
         let blob = postcard::to_stdvec(record).unwrap_or_default();
         let label = format!("{ARRIVAL}{}", record.pid);
-        self.log("keeping an arrival", self.nest.store(&label, &[], blob));
+        self.log("keeping an arrival", self.nest.store_soon(&label, blob));
     }
 
     /// It has left or ended.
@@ -93,21 +97,120 @@ impl Mover {
                 images.entry(record.by).or_default().push((record, host));
             }
         }
+        let destinations = records::<DestinationRecord>(&self.nest, &labels, DESTINATION)?;
+        let sources = records::<SourceRecord>(&self.nest, &labels, SOURCE)?;
         let mut ended = Vec::new();
-        let waiting: Vec<&str> = labels.iter().filter_map(|l| l.strip_prefix("uffd/")).collect();
         for record in records::<ArrivalRecord>(&self.nest, &labels, ARRIVAL)? {
-            ended.extend(self.recover_arrival(record, &waiting)?);
+            ended.extend(self.recover_arrival(record)?);
         }
+        let undecided: BTreeSet<Pid> = sources.iter().flat_map(parked).collect();
+        let mut withdrawn = self.take_up_spaces(&labels, &undecided)?;
         drop(quiet);
+        // What became of a copy that this node was to run is told by its move.
+        ended.retain(|pid| !destinations.iter().any(|record| record.members.iter().any(|m| m.pid == *pid)));
         ended.into_iter().for_each(|pid| self.vanished(pid));
-        for record in records::<DestinationRecord>(&self.nest, &labels, DESTINATION)? {
+        for record in destinations {
             self.recover_destination(record)?;
         }
-        for record in records::<SourceRecord>(&self.nest, &labels, SOURCE)? {
+        for record in sources {
             let images = images.remove(&record.plan.move_id).unwrap_or_default();
-            self.recover_source(record, images)?;
+            let pids = parked(&record);
+            let theirs = pids.iter().filter_map(|pid| withdrawn.remove_entry(pid)).collect();
+            self.recover_source(record, images, theirs)?;
         }
+        // They run elsewhere: who holds their pages must hear that nobody here needs them.
+        withdrawn.into_values().for_each(|space| self.hand_over(space));
         Ok(())
+    }
+
+    /// Serves the spaces again that the last daemon served. Those whose processes do not run here (any more) come back
+    /// withdrawn.
+    fn take_up_spaces(
+        &self,
+        labels: &[String],
+        undecided: &BTreeSet<Pid>,
+    ) -> io::Result<BTreeMap<Pid, Withdrawn>> {
+        let mut withdrawn = BTreeMap::new();
+        for family in second_hand::kept(&self.nest, labels)? {
+            let (mut survivors, mut names, mut processes) = (Vec::new(), Vec::new(), Vec::new());
+            for kept in family {
+                let label = kept.label;
+                let (journal, told) = match Journal::take_up(kept.journal) {
+                    Ok(told) => told,
+                    Err(error) => {
+                        // Init keeps the descriptor: it waits, and never reads zeros.
+                        tracing::error!(%label, %error, "a process whose pages are elsewhere cannot be served again");
+                        continue;
+                    }
+                };
+                if told.lost_children > 0 {
+                    self.end_lost_children(kept.process, told.lost_children);
+                }
+                let id = self.pager.next_id();
+                survivors.push(Survivor {
+                    id,
+                    pid: kept.process.map(|(_, host)| host),
+                    uffd: Uffd::from_fd(kept.uffd).map_err(io::Error::other)?,
+                    map: told.map,
+                    journal,
+                });
+                names.push((id, label));
+                processes.push(kept.process);
+            }
+            let observer = Arc::new(SecondHand::again(self.nest.clone(), names));
+            let handles = self.pager.take_up(survivors, self.connect(), observer)?;
+            for (handle, (pid, host)) in handles.into_iter().zip(processes).filter_map(|(h, p)| Some((h, p?))) {
+                if !self.give_space(pid, host, &handle)? || undecided.contains(&pid) {
+                    withdrawn.extend(handle.withdraw().ok().map(|space| (pid, space)));
+                }
+            }
+        }
+        Ok(withdrawn)
+    }
+
+    /// Connects a process with its space, if it is here.
+    fn give_space(&self, pid: Pid, host: i32, space: &SpaceHandle) -> io::Result<bool> {
+        let is_here = self.hidden.kind(pid).is_none() && self.nest.host_pid(pid)? == Some(host);
+        let Some(arrival) = self.arrivals.get(pid).filter(|_| is_here) else {
+            return Ok(false);
+        };
+        if let Some(resident) = self.residents.get(pid) {
+            let elsewhere = elsewhere(space.clone());
+            self.residents.insert(pid, Resident { elsewhere, ..resident });
+        }
+        let space = Some(space.clone());
+        self.arrivals.insert(pid, Arrival { space, ..arrival });
+        Ok(true)
+    }
+
+    /// A child that was forked in the very moment of the daemon's death has lost its userfaultfd: it would read zeros
+    /// where its parent has pages elsewhere, and must not run. It is known by its memory: a copy of its parent's, made
+    /// last, in which nothing is watched.
+    fn end_lost_children(&self, parent: Option<(Pid, i32)>, how_many: usize) {
+        let layout = |host: i32| ProcDir::process(host).stat().ok().map(|stat| stat.layout);
+        let is_watched = |host: i32| {
+            crate::capture::space::listing(&ProcDir::process(host))
+                .is_ok_and(|all| all.iter().any(|(_, flags)| flags.contains(b"um")))
+        };
+        let Some((pid, host)) = parent else {
+            tracing::error!("a child that was forked when the daemon was killed reads zeros where pages are elsewhere");
+            return;
+        };
+        let parents = layout(host);
+        let mut children: Vec<(i32, Pid)> = self
+            .neighbours()
+            .into_iter()
+            .filter(|(other, child)| {
+                *other != host && self.hidden.kind(*child).is_none() && layout(*other) == parents && !is_watched(*other)
+            })
+            .collect();
+        children.sort_by_key(|(other, _)| std::cmp::Reverse(started(*other)));
+        for (other, child) in children.into_iter().take(how_many) {
+            tracing::error!(%pid, %child, "forked when the daemon was killed, its pages are lost: it is killed");
+            if let Some(process) = rustix::process::Pid::from_raw(other) {
+                let _ = rustix::process::kill_process(process, rustix::process::Signal::KILL);
+            }
+        }
     }
 
     /// The surrogates of the nest, by the program that they run.
@@ -127,13 +230,8 @@ impl Mover {
     }
 
     /// Takes up one that came; its PID, if it has ended since.
-    fn recover_arrival(&self, record: ArrivalRecord, waiting: &[&str]) -> io::Result<Option<Pid>> {
+    fn recover_arrival(&self, record: ArrivalRecord) -> io::Result<Option<Pid>> {
         let pid = record.pid;
-        let host = self.nest.host_pid(pid)?;
-        // It may wait for pages that no pager brings: better known as such than moved.
-        let waits = host.is_some_and(|host| waiting.iter().any(|label| label.starts_with(&format!("{host}-"))));
-        let images: BTreeMap<ImageId, MoveId> = record.images.into_iter().collect();
-        let holders: BTreeMap<_, _> = images.keys().filter(|_| waits).map(|image| (image.holder, 1)).collect();
         self.residents.insert(
             pid,
             Resident {
@@ -141,14 +239,14 @@ impl Mover {
                 command: record.command,
                 incarnation: record.incarnation,
                 frozen: false,
-                elsewhere: Arc::new(move || holders.clone()),
+                elsewhere: Arc::new(BTreeMap::new),
             },
         );
         self.arrivals.insert(
             pid,
             Arrival {
                 ids: record.ids,
-                images,
+                images: record.images.into_iter().collect(),
                 space: None,
                 relatives: record.relatives,
                 verified_pages: None,
@@ -188,7 +286,12 @@ impl Mover {
     }
 
     /// Serves the images of a move again, and goes on with it.
-    fn recover_source(&self, record: SourceRecord, images: Vec<(ImageRecord, i32)>) -> io::Result<()> {
+    fn recover_source(
+        &self,
+        record: SourceRecord,
+        images: Vec<(ImageRecord, i32)>,
+        withdrawn: BTreeMap<Pid, Withdrawn>,
+    ) -> io::Result<()> {
         let id = record.plan.move_id;
         let (sender, words) = channel();
         lock(&self.sources).insert(id, sender);
@@ -208,11 +311,32 @@ impl Mover {
         }
         let mover = self.arc();
         std::thread::Builder::new().name("move again".into()).spawn(move || {
-            outgoing::go_on(&mover, record, images, &words);
+            outgoing::go_on(&mover, record, images, withdrawn, &words);
             lock(&mover.sources).remove(&id);
         })?;
         Ok(())
     }
+}
+
+/// The processes that a record says were parked, or about to be, with no decision known here.
+fn parked(record: &SourceRecord) -> Vec<Pid> {
+    match &record.stage {
+        SourceStage::Freezing(claims) => claims.iter().map(|claim| claim.pid).collect(),
+        SourceStage::Parked(members) => members.iter().map(|member| member.pid).collect(),
+        SourceStage::Image { .. } => Vec::new(),
+    }
+}
+
+/// When a process was made, clock ticks since the machine's start.
+fn started(host: i32) -> u64 {
+    let text = ProcDir::process(host).text("stat").unwrap_or_default();
+    let after_name = text.rsplit_once(')').map_or("", |(_, rest)| rest);
+    // Field 22; the third is the first after the name.
+    after_name
+        .split_ascii_whitespace()
+        .nth(19)
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(0)
 }
 
 fn records<T: DeserializeOwned>(nest: &Nest, labels: &[String], prefix: &str) -> io::Result<Vec<T>> {
