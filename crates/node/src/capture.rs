@@ -132,7 +132,6 @@ pub struct Source {
     pagemap: File,
     foothold: Foothold,
     listing: Vec<(Mapping, VmFlags)>,
-    maps_text: Vec<u8>,
     glimpses: Vec<Glimpse>,
     file_pages: BTreeMap<u64, Vec<u8>>,
     /// The threads' numbers in the nest, by their numbers on this machine.
@@ -213,7 +212,6 @@ impl Source {
             return Err(give_up(host, &foothold, error));
         }
         let traits = read_traits(&dir, &status, &answers)?;
-        let maps_text = dir.bytes("maps")?;
         let mut source = Source {
             pid,
             host,
@@ -240,7 +238,6 @@ impl Source {
             pagemap,
             foothold,
             listing,
-            maps_text,
             glimpses,
             file_pages: BTreeMap::new(),
             tids,

@@ -7,6 +7,7 @@
 //! `dunlin_cluster::relocation` alone.
 
 mod arrivals;
+mod attempts;
 mod decisions;
 mod incoming;
 mod links;

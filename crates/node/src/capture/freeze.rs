@@ -17,6 +17,7 @@ use dunlin_sys::foothold::Foothold;
 use dunlin_sys::pagemap::{self, Query};
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::parse_timers;
+use dunlin_sys::procfs::maps;
 use dunlin_sys::ptrace::{Options, Running, Stop, Stopped};
 use dunlin_sys::script::Script;
 use std::collections::{BTreeMap, BTreeSet};
@@ -242,11 +243,13 @@ impl Frozen {
         obstacles: &mut Vec<dunlin_proto::control::Obstacle>,
     ) -> Result<Option<dunlin_proto::image::Space>, CaptureError> {
         let source = &mut self.source;
-        let text = source.dir.bytes("maps")?;
-        if text == source.maps_text && brk == source.plan.image.space.layout[5] {
+        let now = maps::parse(&source.dir.bytes("maps")?).map_err(io::Error::from)?;
+        // With what the plan was made of, not with a text read beside it: the program was running in between.
+        let same = now.iter().eq(source.listing.iter().map(|(mapping, _)| mapping));
+        if same && brk == source.plan.image.space.layout[5] {
             return Ok(None);
         }
-        let listing = space::relisting(&text, &source.listing)?;
+        let listing = space::relisting(now, &source.listing);
         let layout = source.dir.stat()?.layout;
         let space = space::read(
             source.pid,
@@ -258,7 +261,6 @@ impl Frozen {
             obstacles,
         )?;
         source.listing = listing;
-        source.maps_text = text;
         Ok(Some(space))
     }
 
@@ -339,6 +341,12 @@ impl Frozen {
             if let Some([pointer, length, _]) = thread.rseq {
                 add(pointer);
                 add(pointer + length.saturating_sub(1));
+            }
+            // The destination makes the call again inside the freeze: what it reads must not be elsewhere then.
+            if let Some(sleep) = &thread.sleep {
+                for address in super::sleep::reads(sleep) {
+                    add(address);
+                }
             }
         }
         let anonymous = |address: u64| {

@@ -28,6 +28,24 @@ const SYS_CLOCK_NANOSLEEP: i64 = 230;
 const ENDED_BY_A_STOP: [i64; 7] = [65, 128, 208, 220, 232, 281, 441];
 const FUTEX_WAIT_BITSET: u64 = 9;
 
+/// Addresses, a page apart at most, of what the kernel reads from the program when the call is made again.
+pub fn reads(sleep: &Sleep) -> Vec<u64> {
+    const POLLFD: u64 = 8;
+    let [first, count, ..] = sleep.arguments;
+    match sleep.number {
+        SYS_FUTEX => vec![first],
+        SYS_POLL => {
+            let length = count.saturating_mul(POLLFD).min(1 << 20);
+            (0..length)
+                .step_by(4096)
+                .chain([length.saturating_sub(1)])
+                .map(|at| first.saturating_add(at))
+                .collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
 /// What was known of a thread before it was stopped.
 #[derive(Debug, Clone, Copy)]
 pub struct Before {

@@ -25,9 +25,9 @@ pub fn listing(dir: &ProcDir) -> io::Result<Vec<(maps::Mapping, VmFlags)>> {
     Ok(maps::parse_with_flags(&dir.bytes("smaps")?)?)
 }
 
-/// The mappings in `maps` as they are inside the freeze, with the flags that an earlier listing had at their place: only
-/// `smaps` tells flags, and it would walk all page tables.
-pub fn relisting(text: &[u8], earlier: &[(maps::Mapping, VmFlags)]) -> io::Result<Vec<(maps::Mapping, VmFlags)>> {
+/// The mappings as they are inside the freeze, with the flags that an earlier listing had at their place: only `smaps`
+/// tells flags, and it would walk all page tables.
+pub fn relisting(now: Vec<maps::Mapping>, earlier: &[(maps::Mapping, VmFlags)]) -> Vec<(maps::Mapping, VmFlags)> {
     let flags = |mapping: &maps::Mapping| {
         let overlaps = |old: &&(maps::Mapping, VmFlags)| {
             old.0.start < mapping.end && mapping.start < old.0.end && old.0.inode == mapping.inode
@@ -38,11 +38,9 @@ pub fn relisting(text: &[u8], earlier: &[(maps::Mapping, VmFlags)]) -> io::Resul
             .map(|(_, flags)| flags.clone())
             .unwrap_or_default()
     };
-    Ok(maps::parse(text)?
-        .into_iter()
-        .map(|mapping| (flags(&mapping), mapping))
-        .map(|(f, m)| (m, f))
-        .collect())
+    now.into_iter()
+        .map(|mapping| (mapping.clone(), flags(&mapping)))
+        .collect()
 }
 
 /// Makes the address space of a process portable, leaving out `hole` (our own arena).

@@ -3,6 +3,7 @@
 //! Owns the processes while they are prepared, frozen and given away. Refuses to decide: every step is asked for by the
 //! protocol's machine.
 
+use super::attempts::Attempts;
 use super::payload::{self, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared, Proposal};
 use super::progress::{Times, phase};
 use super::recover::ImageRecord;
@@ -62,8 +63,13 @@ impl Mover {
         let mover = self.arc();
         let name = format!("move-{}", request.pid);
         std::thread::Builder::new().name(name).spawn(move || {
-            if let Err(outcome) = Outgoing::run(mover, request, &sender) {
-                let _ = sender.send(Report::Outcome(outcome));
+            let mut attempts = Attempts::new();
+            while let Err(outcome) = Outgoing::run(mover.clone(), request.clone(), &sender) {
+                let Some(pause) = attempts.next(&outcome) else {
+                    let _ = sender.send(Report::Outcome(outcome));
+                    return;
+                };
+                std::thread::sleep(pause);
             }
         })?;
         Ok(receiver)
@@ -135,6 +141,11 @@ impl Mover {
                 Err(CaptureError::Obstacles(more)) => obstacles.extend(more),
                 Err(error) => {
                     sources.into_iter().for_each(Source::abandon);
+                    if matches!(error, CaptureError::Gone) && has_ended(*host) && party.first() == Some(&(*pid, *host))
+                    {
+                        let message = format!("process {pid} has ended");
+                        return Err(MoveOutcome::Failed(failure(FailureKind::NoProcess, message, None)));
+                    }
                     return Err(MoveOutcome::Failed(failure(
                         FailureKind::MoveFailed,
                         format!("process {pid} cannot be captured: {error}; it runs on here"),
@@ -259,6 +270,10 @@ fn children_of(host: i32) -> Vec<(Pid, i32)> {
     children
 }
 
+fn has_ended(host: i32) -> bool {
+    ProcDir::process(host).status().is_ok_and(|status| status.state == 'Z') || !ProcDir::process(host).path("").exists()
+}
+
 fn failure(kind: FailureKind, message: String, hint: Option<&str>) -> Failure {
     Failure {
         kind,
@@ -283,6 +298,7 @@ struct Outgoing<'a> {
     times: Times,
     reporter: &'a Reporter,
     told: bool,
+    failed: Option<MoveOutcome>,
     events: Vec<SourceEvent>,
     early: Vec<SourceEvent>,
     tight: bool,
@@ -341,6 +357,7 @@ impl<'a> Outgoing<'a> {
             times: Times::start(),
             reporter,
             told: false,
+            failed: None,
             events: Vec::new(),
             early: Vec::new(),
             tight: false,
@@ -433,7 +450,7 @@ impl<'a> Outgoing<'a> {
                 self.act(action)?;
             }
             if machine.is_ended() {
-                return Ok(());
+                return self.failed.take().map_or(Ok(()), Err);
             }
             let event = match self.events.pop() {
                 Some(event) => event,
@@ -532,7 +549,19 @@ impl<'a> Outgoing<'a> {
                     "process {} was not moved: {why}; it runs on {}",
                     self.request.pid, self.mover.config.name
                 );
-                self.finish(MoveOutcome::Failed(failure(FailureKind::MoveFailed, message, None)));
+                let kind = match why {
+                    WhyNot::Refused(obstacles) => {
+                        self.failed = Some(MoveOutcome::Refused(obstacles));
+                        return Ok(());
+                    }
+                    WhyNot::HomeSilent(_) | WhyNot::DestinationLost(_) => FailureKind::Unreachable,
+                    WhyNot::SourceRestarted | WhyNot::Cancelled => FailureKind::Other,
+                    WhyNot::NotLeased(_)
+                    | WhyNot::EndedByHome
+                    | WhyNot::DestinationFailed(_)
+                    | WhyNot::SourceFailed(_) => FailureKind::MoveFailed,
+                };
+                self.failed = Some(MoveOutcome::Failed(failure(kind, message, None)));
             }
             SourceReport::Committed => self.progress(MovePhase::Commit),
             SourceReport::Resumed => {

@@ -8,7 +8,7 @@
 use super::{Blank, During, RestoreError};
 use dunlin_proto::image::Sleep;
 use dunlin_sys::procfs::ProcDir;
-use dunlin_sys::ptrace::{Event, Running, Stop, Stopped};
+use dunlin_sys::ptrace::{Event, Running, Stop, Stopped, TraceError};
 use dunlin_sys::script::Script;
 use std::time::{Duration, Instant};
 
@@ -40,6 +40,7 @@ pub fn fall_asleep(blank: &Blank, host: i32, sleep: &Sleep) -> Result<Option<i64
         };
         if dir.bytes("stat").is_ok_and(|stat| is_asleep(&stat)) || Instant::now() > deadline {
             stop(running, deadline + PATIENCE).during(pid, "falling asleep")?;
+            take_trap(host).during(pid, "falling asleep")?;
             break;
         }
     }
@@ -66,7 +67,7 @@ fn arguments(script: &mut Script<'_>, sleep: &Sleep) -> Option<[u64; 6]> {
     Some(arguments)
 }
 
-fn stop(running: Running, deadline: Instant) -> Result<(), dunlin_sys::ptrace::TraceError> {
+fn stop(running: Running, deadline: Instant) -> Result<(), TraceError> {
     running.interrupt()?;
     let mut running = running;
     loop {
@@ -74,6 +75,23 @@ fn stop(running: Running, deadline: Instant) -> Result<(), dunlin_sys::ptrace::T
             Event::Ended(_) => return Ok(()),
             Event::Stopped(_, Stop::Interrupt | Stop::Group(_) | Stop::Signal(_)) => return Ok(()),
             Event::Stopped(thread, Stop::Syscall | Stop::Cloned(_) | Stop::Exec) => running = thread.resume(0)?,
+        }
+    }
+}
+
+/// A sleep that ended by itself has come to the breakpoint at the script's end just when it was interrupted: the kernel
+/// reports the interruption first and keeps the SIGTRAP, which would end the program when it runs on.
+fn take_trap(host: i32) -> Result<(), TraceError> {
+    const SIGTRAP: i32 = 5;
+    let pending = Stopped::assume(host).pending_signals(false)?;
+    if !pending.iter().any(|info| info.starts_with(&SIGTRAP.to_le_bytes())) {
+        return Ok(());
+    }
+    let mut running = Stopped::assume(host).resume(0)?;
+    loop {
+        match running.wait_until(Some(Instant::now() + PATIENCE))? {
+            Event::Ended(_) | Event::Stopped(_, Stop::Signal(SIGTRAP)) => return Ok(()),
+            Event::Stopped(thread, _) => running = thread.resume(0)?,
         }
     }
 }

@@ -1,0 +1,90 @@
+//! A move is attempted again when what was in its way may be there for a moment only.
+//!
+//! A program goes on while it is looked at: it closes the journal that was about to be looked for on the other node, a
+//! child of a tree ends, another one is forked. Owns the decision whether to ask again; refuses to know how a move is
+//! made. Invariants: what stays in the way is told after [`SAME`] attempts; nothing is asked again after [`LONGEST`];
+//! a node that does not answer is not asked again.
+
+use super::outgoing::MoveOutcome;
+use dunlin_proto::control::FailureKind;
+use std::time::{Duration, Instant};
+
+/// After so many attempts in a row with the same outcome it is believed.
+const SAME: u32 = 3;
+/// How long attempts may go on.
+const LONGEST: Duration = Duration::from_secs(2);
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+
+/// The attempts at one move so far.
+pub(super) struct Attempts {
+    started: Instant,
+    pause: Duration,
+    last: String,
+    same: u32,
+}
+
+impl Attempts {
+    pub(super) fn new() -> Attempts {
+        Attempts {
+            started: Instant::now(),
+            pause: FIRST_PAUSE,
+            last: String::new(),
+            same: 0,
+        }
+    }
+
+    /// How long to wait before the next attempt; `None` if this outcome is the move's.
+    pub(super) fn next(&mut self, outcome: &MoveOutcome) -> Option<Duration> {
+        let words = match outcome {
+            MoveOutcome::Moved(_) => return None,
+            MoveOutcome::Failed(failure) if failure.kind != FailureKind::MoveFailed => return None,
+            MoveOutcome::Failed(failure) => failure.message.clone(),
+            MoveOutcome::Refused(obstacles) => format!("{obstacles:?}"),
+        };
+        self.same = if words == self.last { self.same + 1 } else { 1 };
+        self.last = words;
+        if self.same >= SAME || self.started.elapsed() > LONGEST {
+            return None;
+        }
+        let pause = self.pause;
+        self.pause = (pause * 2).min(LONGEST_PAUSE);
+        Some(pause)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dunlin_proto::control::Failure;
+
+    fn failed(kind: FailureKind, message: &str) -> MoveOutcome {
+        MoveOutcome::Failed(Failure {
+            kind,
+            message: message.into(),
+            hint: None,
+        })
+    }
+
+    #[test]
+    fn what_stays_in_the_way_is_believed_and_what_changes_is_not() {
+        let mut attempts = Attempts::new();
+        let (one, other) = (
+            failed(FailureKind::MoveFailed, "a"),
+            failed(FailureKind::MoveFailed, "b"),
+        );
+        for outcome in [&one, &other, &one, &one] {
+            assert!(attempts.next(outcome).is_some());
+        }
+        assert_eq!(attempts.next(&one), None);
+    }
+
+    #[test]
+    fn an_answer_and_a_silence_are_final() {
+        let mut attempts = Attempts::new();
+        assert_eq!(attempts.next(&MoveOutcome::Moved(Vec::new())), None);
+        for kind in [FailureKind::Unreachable, FailureKind::NoProcess, FailureKind::Invalid] {
+            assert_eq!(attempts.next(&failed(kind, "a")), None);
+        }
+    }
+}
