@@ -175,25 +175,26 @@ pub(super) fn go_on(
         space.ask_anew();
         founders.spaces.push(space);
     }
-    // If there is no thread, the family's own drop keeps the descriptors open.
-    let family = Orphans(Some(Family::new(registry.clone(), handle, commands, founders)));
+    let mut orphans = Orphans(Some(founders));
+    let registry = registry.clone();
     let work = move || {
-        let mut family = family;
-        if let Some(family) = family.0.take() {
-            family.run();
+        if let Some(founders) = orphans.0.take() {
+            Family::new(registry, handle, commands, founders).run();
         }
     };
     std::thread::Builder::new().name("dunlin-pager".into()).spawn(work)?;
     Ok(handles)
 }
 
-/// A family on its way to its thread.
-struct Orphans(Option<Family>);
+/// Spaces on their way to their thread.
+struct Orphans(Option<Founders>);
 
 impl Drop for Orphans {
     fn drop(&mut self) {
-        // As in `lose`: closing the descriptors would turn what is missing into zeros.
-        self.0.take().map(std::mem::forget);
+        // There is no thread. As in `lose`: closing the descriptors would turn what is missing into zeros.
+        if let Some(founders) = self.0.take() {
+            founders.spaces.into_iter().for_each(std::mem::forget);
+        }
     }
 }
 

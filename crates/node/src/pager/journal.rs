@@ -84,7 +84,7 @@ impl Journal {
 
     /// Goes on with one whose writer is dead.
     pub fn take_up(memfd: OwnedFd) -> Result<(Journal, Told), JournalError> {
-        let mut tape = Tape::open(memfd)?;
+        let tape = Tape::open(memfd)?;
         let log = tape.log();
         let (landed, base) = match tape.landed() {
             Some((landed, base)) => (changes(&landed), base),
