@@ -40,8 +40,8 @@ fn on_one_line(text: &str) -> String {
     format!("exec({text:?})")
 }
 
-fn prepare(lab: &Lab, workshop: &Workshop) -> Obedient {
-    let (mut program, _) = Obedient::start(lab, workshop, "program");
+fn prepare(lab: &Lab, workshop: &Workshop, name: &str) -> Obedient {
+    let (mut program, _) = Obedient::start(lab, workshop, name);
     program.ask(&on_one_line(MEMORY));
     program
 }
@@ -63,10 +63,8 @@ fn check(program: &mut Obedient, when: &str) {
 fn changes_survive(name: &str, killed: &str) {
     let lab = Lab::up(name, &Options::default());
     let workshop = Workshop::new(name);
-    let mut first = prepare(&lab, &workshop);
     for kill_after in 0..=CHANGES.len() {
-        let copy = format!("copy{kill_after}");
-        let mut program = first.fork(&copy);
+        let mut program = prepare(&lab, &workshop, &format!("program{kill_after}"));
         resumed(&lab, &program, "n2");
         let mut child = None;
         for (i, change) in CHANGES.into_iter().enumerate() {
@@ -100,7 +98,6 @@ fn changes_survive(name: &str, killed: &str) {
         });
         lab.kill(child, 9);
         lab.kill(pid, 9);
-        first.ask(&format!("os.waitpid({pid}, 0)"));
     }
 }
 

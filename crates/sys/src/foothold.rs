@@ -119,6 +119,41 @@ impl Foothold {
         ))
     }
 
+    /// The foothold that a former tracer has left in a process, if there is one.
+    pub fn find(process: i32) -> Result<Option<Foothold>, FootholdError> {
+        let io = |what| move |source| FootholdError::Io { what, source };
+        let dir = ProcDir::process(process);
+        let text = dir.bytes("maps").map_err(io("maps"))?;
+        let mappings = maps::parse(&text).map_err(|e| FootholdError::Io {
+            what: "maps",
+            source: e.into(),
+        })?;
+        let Some(vdso) = mappings.iter().find(|m| m.name == b"[vdso]") else {
+            return Ok(None);
+        };
+        for pair in mappings.windows(2) {
+            let [code, data] = pair else { continue };
+            let is_arena = code.name.starts_with(b"/memfd:")
+                && code.length() == PAGE
+                && data.start == code.end
+                && data.length() == ARENA_BYTES - PAGE
+                && data.name == code.name;
+            if !is_arena {
+                continue;
+            }
+            let path = dir.path(&format!("map_files/{:x}-{:x}", data.start, data.end));
+            let memfd = File::options().read(true).write(true).open(path);
+            let memfd = memfd.map_err(io("the target's memfd"))?;
+            if let Some(arena) = Arena::found(memfd.into(), code.start).map_err(io("the target's memfd"))? {
+                return Ok(Some(Foothold {
+                    arena,
+                    syscall_at: find_syscall(&dir, vdso)?,
+                }));
+            }
+        }
+        Ok(None)
+    }
+
     /// Takes the loop out of the target again. No thread of it may be inside.
     pub fn uproot(&self, thread: Stopped) -> Result<Stopped, FootholdError> {
         let place = [self.arena.base(), ARENA_BYTES, 0, 0, 0, 0];

@@ -3,7 +3,7 @@
 use dunlin_sys::foothold::Foothold;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::{Options, Running, Stop};
-use dunlin_sys::script::{Script, ScriptError};
+use dunlin_sys::script::{Held, NOTE_WORDS, Script, ScriptError};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -98,4 +98,49 @@ fn a_foothold_can_be_uprooted_and_the_program_goes_on() {
     while dir.status().unwrap().state != 'S' {}
     assert_eq!(dir.text("maps").unwrap(), maps);
     assert_eq!(dir.numbers("fd").unwrap(), descriptors);
+}
+
+/// ptrace is bound to threads: one that ends leaves its tracees as a killed process does.
+#[test]
+fn a_thread_whose_tracer_dies_in_a_script_waits_and_can_be_put_back() {
+    let target = Target::sleep();
+    let pid = target.pid();
+    let dir = ProcDir::process(pid);
+    while dir.text("comm").unwrap().trim() != "sleep" || dir.status().unwrap().state != 'S' {}
+    assert!(Foothold::find(pid).unwrap().is_none());
+    let maps = dir.text("maps").unwrap();
+    let before = std::thread::spawn(move || {
+        let (thread, _) = Running::seize(pid, Options::default()).unwrap().stop(soon()).unwrap();
+        let held = Held {
+            tid: pid,
+            mask: thread.signal_mask().unwrap(),
+            registers: thread.registers().unwrap(),
+        };
+        thread.set_signal_mask(!(1 << (libc::SIGTRAP - 1))).unwrap();
+        let (thread, foothold) = Foothold::plant(thread, pid, &[]).unwrap();
+        foothold.arena.hold(0, &held);
+        foothold.arena.note([7; NOTE_WORDS]);
+        let mut script = Script::new(&foothold.arena);
+        script.call("getpid", libc::SYS_getpid, &[]);
+        script.start(&thread).unwrap();
+        thread.resume(0).unwrap();
+        held
+    })
+    .join()
+    .unwrap();
+    let foothold = Foothold::find(pid).unwrap().unwrap();
+    assert_eq!(foothold.arena.noted(), [7; NOTE_WORDS]);
+    let [held] = foothold.arena.held()[..] else { panic!() };
+    assert_eq!((held.tid, held.mask), (pid, before.mask));
+    assert_eq!(held.registers.rip, before.registers.rip);
+    while !dir.text("syscall").unwrap().starts_with("34 ") {}
+    let (thread, _) = Running::seize(pid, Options::default()).unwrap().stop(soon()).unwrap();
+    assert!(foothold.arena.is_inside(thread.registers().unwrap().rip));
+    let thread = foothold.uproot(thread).unwrap();
+    thread.set_registers(&held.registers).unwrap();
+    thread.set_signal_mask(held.mask).unwrap();
+    thread.detach(0).unwrap();
+    // It sleeps again, by restart_syscall(2).
+    while !dir.text("syscall").unwrap().starts_with("219 ") {}
+    assert_eq!(dir.text("maps").unwrap(), maps);
 }
