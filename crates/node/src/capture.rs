@@ -8,6 +8,7 @@
 
 mod descriptors;
 pub mod freeze;
+pub mod held;
 mod questions;
 mod sleep;
 pub mod space;
@@ -25,7 +26,9 @@ use crate::obstacle::{self, obstacle};
 use descriptors::Glimpse;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{Pid, RunId};
-use dunlin_proto::image::{DescriptionKind, Lineage, MappingKind, Pages, Plan, ProcessImage, ThreadImage, Traits};
+use dunlin_proto::image::{
+    DescriptionKind, Files, Lineage, MappingKind, Pages, Plan, ProcessImage, Space, ThreadImage, Traits,
+};
 use dunlin_sys::foothold::{Foothold, FootholdError};
 use dunlin_sys::inspect;
 use dunlin_sys::pagemap::{self, Query};
@@ -35,7 +38,7 @@ use dunlin_sys::procfs::limits;
 use dunlin_sys::procfs::maps::{Mapping, VmFlags};
 use dunlin_sys::procfs::status::Status;
 use dunlin_sys::ptrace::{Options, Registers, Running, Stop, Stopped, TraceError};
-use dunlin_sys::script::{Script, ScriptError};
+use dunlin_sys::script::{Held, Script, ScriptError};
 use questions::{ProcessAnswers, ProcessQuestions};
 use sleep::Sleeps;
 use std::collections::BTreeMap;
@@ -140,6 +143,18 @@ pub struct Source {
     nest_filters: usize,
 }
 
+/// What was seen of a process while it ran.
+struct Looked {
+    space: Space,
+    files: Files,
+    listing: Vec<(Mapping, VmFlags)>,
+    glimpses: Vec<Glimpse>,
+    tids: BTreeMap<i32, Pid>,
+    traits: Traits,
+    resident_bytes: u64,
+    pagemap: File,
+}
+
 /// The memory of a captured process, to be served to its new node. Both files hold the address space, not the task.
 pub struct Memory {
     /// `/proc/PID/mem`.
@@ -180,47 +195,52 @@ impl Source {
         let filters = freeze::own_filters(&thread, status.seccomp_filters, nest_filters);
         let asked = Trap::look(&dir)
             .map_err(CaptureError::from)
-            .and_then(|trap| first_stop(thread, host, &timers, trap));
+            .and_then(|trap| first_stop(thread, (host, &restore, mask), &timers, trap));
         // Whatever came of it, the program must run on as it was.
         let thread = Stopped::assume(host);
         let undone = thread
-            .set_registers(&restore)
-            .and_then(|()| thread.set_signal_mask(mask))
+            .set_signal_mask(mask)
+            .and_then(|()| thread.set_registers(&restore))
             .and_then(|()| thread.detach(0));
         let (foothold, answers) = asked?;
         undone?;
+        foothold.arena.release();
         let seccomp = filters?;
 
-        let mut obstacles = Vec::new();
         let hole = foothold.range();
-        let listing = space::listing(&dir)?;
-        let space = space::read(
-            pid,
-            &dir,
-            hole,
-            dir.stat()?.layout,
-            answers.brk,
-            &listing,
-            &mut obstacles,
-        )?;
-        let glimpses = descriptors::glimpse(&dir)?;
-        let files = descriptors::read(pid, host, &glimpses, around, met, &mut obstacles)?;
-        let tids = read_tids(pid, host, &dir, &mut obstacles)?;
-        let pagemap = File::open(dir.path("pagemap"))?;
-        if !obstacles.is_empty() {
-            let error = CaptureError::Obstacles(obstacles);
-            return Err(give_up(host, &foothold, error));
-        }
-        let traits = read_traits(&dir, &status, &answers)?;
+        // The program runs: anything may be gone when it is looked at, and the foothold must not stay behind then.
+        let look = |met: &mut Vec<Met>| -> Result<Looked, CaptureError> {
+            let mut obstacles = Vec::new();
+            let listing = space::listing(&dir)?;
+            let layout = dir.stat()?.layout;
+            let space = space::read(pid, &dir, hole, layout, answers.brk, &listing, &mut obstacles)?;
+            let glimpses = descriptors::glimpse(&dir)?;
+            let looked = Looked {
+                files: descriptors::read(pid, host, &glimpses, around, met, &mut obstacles)?,
+                tids: read_tids(pid, host, &dir, &mut obstacles)?,
+                traits: read_traits(&dir, &status, &answers)?,
+                resident_bytes: dir.stat()?.rss_pages * PAGE,
+                pagemap: File::open(dir.path("pagemap"))?,
+                space,
+                listing,
+                glimpses,
+            };
+            if obstacles.is_empty() {
+                Ok(looked)
+            } else {
+                Err(CaptureError::Obstacles(obstacles))
+            }
+        };
+        let looked = look(met).map_err(|error| give_up(host, &foothold, error))?;
         let mut source = Source {
             pid,
             host,
             plan: Plan {
                 image: ProcessImage {
                     lineage,
-                    traits,
-                    space,
-                    files,
+                    traits: looked.traits,
+                    space: looked.space,
+                    files: looked.files,
                     signals: answers.signals.clone(),
                     threads: Vec::new(),
                     seccomp,
@@ -229,24 +249,25 @@ impl Source {
                 file_pages: Vec::new(),
                 clocks_ns: clocks(&dir),
                 hole,
-                resident_bytes: dir.stat()?.rss_pages * PAGE,
+                resident_bytes: looked.resident_bytes,
                 cpu_features: Vec::new(),
                 xstate_bytes: 0,
             },
             dir,
             memory,
-            pagemap,
+            pagemap: looked.pagemap,
             foothold,
-            listing,
-            glimpses,
+            listing: looked.listing,
+            glimpses: looked.glimpses,
             file_pages: BTreeMap::new(),
-            tids,
+            tids: looked.tids,
             sleeps,
             nest_filters,
         };
         source.plan.image.threads = source.tids.values().copied().map(placeholder).collect();
         source.plan.image.threads.sort_by_key(|t| (t.tid != pid, t.tid));
-        source.plan.file_pages = source.read_file_pages()?;
+        // What is unmapped meanwhile is found out in the freeze.
+        source.plan.file_pages = source.read_file_pages().unwrap_or_default();
         for run in &source.plan.file_pages {
             for (i, page) in run.bytes.chunks(PAGE as usize).enumerate() {
                 source.file_pages.insert(run.address + i as u64 * PAGE, page.to_vec());
@@ -385,12 +406,18 @@ fn unstoppable(pid: Pid, tid: i32) -> Obstacle {
 /// Plants the foothold and asks the process what only it can answer. The caller puts registers and mask back.
 fn first_stop(
     thread: Stopped,
-    host: i32,
+    (host, registers, mask): (i32, &Registers, u64),
     timers: &[dunlin_sys::procfs::fdinfo::PosixTimer],
     trap: Trap,
 ) -> Result<(Foothold, ProcessAnswers), CaptureError> {
     thread.set_signal_mask(SCRIPT_MASK)?;
     let (thread, foothold) = Foothold::plant(thread, host, &[])?;
+    let held = Held {
+        tid: host,
+        mask,
+        registers: *registers,
+    };
+    foothold.arena.hold(0, &held);
     let mut script = Script::new(&foothold.arena);
     let questions = ProcessQuestions::ask(&mut script, timers);
     let (thread, answers) = script.run(thread)?;

@@ -12,12 +12,11 @@ use crate::capture::freeze::LeftBehind;
 use crate::install::{Installer, Wanted};
 use crate::nest::{Nest, SurrogateSpec};
 use crate::processes::{Hidden, HiddenKind};
-use crate::restore::Blank;
 use dunlin_proto::control::ExitStatus;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Child, Lineage};
-use dunlin_sys::foothold::syscall_instruction;
-use dunlin_sys::procfs::ProcDir;
+use dunlin_sys::foothold::{Foothold, syscall_instruction};
+use dunlin_sys::procfs::{ProcDir, maps};
 use dunlin_sys::ptrace::{Options, Running, Stopped};
 use std::fs::OpenOptions;
 use std::io;
@@ -123,17 +122,21 @@ impl Entries {
         self.execute(thread, pid, at, place, &ProcDir::process(host), comm)
     }
 
-    /// Turns a blank of a move that came to nothing into the surrogate that it had been.
-    pub fn stand_again(&self, blank: Blank) -> io::Result<()> {
-        let dir = ProcDir::process(blank.host);
+    /// Turns a place whose restore came to nothing, at whatever step, into the surrogate that it had been. It is stopped,
+    /// and traced by this thread.
+    pub fn stand_again(&self, pid: Pid, host: i32, comm: &[u8]) -> io::Result<()> {
+        let dir = ProcDir::process(host);
         let at = syscall_instruction(&dir).map_err(other)?;
-        let comm = blank.comm().to_vec();
+        let mappings = maps::parse(&dir.bytes("maps")?)?;
+        // Our arena; before that is there, the program is one that has not run: its stack or data.
+        let arena = mappings.iter().find(|m| m.write && Foothold::is_arena(m));
+        let writable = arena.or_else(|| mappings.iter().find(|m| m.write && !m.shared));
+        let writable = writable.ok_or_else(|| io::Error::other(format!("process {pid} has no memory to write to")))?;
         let all = [0, u64::from(u32::MAX), 0, 0, 0, 0];
-        let thread = Stopped::assume(blank.host)
-            .inject(at, SYS_CLOSE_RANGE, all)
-            .map_err(other)?
-            .0;
-        self.execute(thread, blank.pid, at, blank.scratch(), &dir, &comm)
+        let thread = Stopped::assume(host);
+        thread.set_signal_mask(SCRIPT_MASK).map_err(other)?;
+        let (thread, _) = thread.inject(at, SYS_CLOSE_RANGE, all).map_err(other)?;
+        self.execute(thread, pid, at, writable.end - 64, &dir, comm)
     }
 
     /// The task that has this number here, once one that is about to end has ended.

@@ -9,6 +9,7 @@
 
 mod blank;
 mod descriptors;
+mod locks;
 mod mappings;
 mod signals;
 mod sleeper;

@@ -216,6 +216,32 @@ pub struct Description {
     pub position: u64,
     /// F_GETOWN: who gets SIGIO, if anybody.
     pub owner: Option<(i32, i32)>,
+    /// The locks that the process has made through it.
+    pub locks: Vec<FileLock>,
+}
+
+/// A lock of a file, or of a part of it. See fcntl(2) and flock(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileLock {
+    /// Whose it is.
+    pub kind: LockKind,
+    /// Exclusive, or shared with other readers.
+    pub write: bool,
+    /// Its first byte.
+    pub start: u64,
+    /// How many bytes; 0 up to the end of the file, wherever that comes to be.
+    pub length: u64,
+}
+
+/// Whose a lock is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LockKind {
+    /// The process's (F_SETLK).
+    Process,
+    /// The open file description's (F_OFD_SETLK).
+    Description,
+    /// The open file description's, and of the whole file (flock).
+    Whole,
 }
 
 /// What an open file description is of.

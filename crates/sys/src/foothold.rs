@@ -1,7 +1,7 @@
 //! A foothold: the loop and its arena, mapped into a stopped target.
 //!
 //! Owns how the first instructions of ours get into a program without touching any byte of its own: the `syscall`
-//! instruction that the vDSO holds is used for four injected calls. Refuses to know what scripts will do. Invariants: no
+//! instruction that the vDSO holds is used for a few injected calls. Refuses to know what scripts will do. Invariants: no
 //! text is poked (it would make a private page of a file mapping); the descriptor the target needs for a moment is
 //! closed again; planting that fails leaves nothing behind but, at worst, an unused mapping.
 
@@ -110,6 +110,14 @@ impl Foothold {
         };
         let (thread, _) = inject(thread, syscall_at, "close", libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
         let () = mapped;
+        // A child that is forked meanwhile must not keep it.
+        let (thread, _) = inject(
+            thread,
+            syscall_at,
+            "madvise",
+            libc::SYS_madvise,
+            [base, ARENA_BYTES, libc::MADV_DONTFORK as u64, 0, 0, 0],
+        )?;
         Ok((
             thread,
             Foothold {
@@ -133,7 +141,7 @@ impl Foothold {
         };
         for pair in mappings.windows(2) {
             let [code, data] = pair else { continue };
-            let is_arena = code.name.starts_with(b"/memfd:")
+            let is_arena = Foothold::is_arena(code)
                 && code.length() == PAGE
                 && data.start == code.end
                 && data.length() == ARENA_BYTES - PAGE
@@ -152,6 +160,11 @@ impl Foothold {
             }
         }
         Ok(None)
+    }
+
+    /// Whether a mapping is of some foothold, by the name that only such a file has.
+    pub fn is_arena(mapping: &maps::Mapping) -> bool {
+        mapping.shared && mapping.name.starts_with(b"/memfd:\x7fELF")
     }
 
     /// Takes the loop out of the target again. No thread of it may be inside.

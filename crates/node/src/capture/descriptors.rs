@@ -8,11 +8,11 @@ use crate::files::{contents, file_ref};
 use crate::obstacle;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::Pid;
-use dunlin_proto::image::{Description, DescriptionKind, Descriptor, Files};
+use dunlin_proto::image::{self, Description, DescriptionKind, Descriptor, FileLock, Files};
 use dunlin_sys::foothold::take_descriptor;
 use dunlin_sys::inspect;
 use dunlin_sys::procfs::ProcDir;
-use dunlin_sys::procfs::fdinfo::FdInfo;
+use dunlin_sys::procfs::fdinfo::{FdInfo, Lock, LockKind};
 use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -94,6 +94,7 @@ pub fn read(
                         flags: glimpse.info.flags & !O_CLOEXEC,
                         position: glimpse.info.position,
                         owner: None,
+                        locks: locks(&glimpse.info),
                     });
                     files.descriptions.len() - 1
                 }
@@ -126,6 +127,25 @@ fn known(host: i32, glimpse: &Glimpse, met: &[Met]) -> io::Result<Option<u64>> {
     Ok(None)
 }
 
+fn locks(info: &FdInfo) -> Vec<FileLock> {
+    let portable = |lock: &Lock| {
+        let kind = match lock.kind {
+            LockKind::Posix => image::LockKind::Process,
+            LockKind::OpenFile => image::LockKind::Description,
+            LockKind::Flock => image::LockKind::Whole,
+            // Refused before.
+            LockKind::Lease => return None,
+        };
+        Some(FileLock {
+            kind,
+            write: lock.write,
+            start: lock.start,
+            length: lock.last.map_or(0, |last| last.saturating_sub(lock.start) + 1),
+        })
+    };
+    info.locks.iter().filter_map(portable).collect()
+}
+
 type Refusal = Box<Obstacle>;
 
 fn describe(
@@ -145,6 +165,12 @@ fn describe(
             hint,
         ))))
     };
+    if glimpse.info.locks.iter().any(|lock| lock.kind == LockKind::Lease) {
+        return refuse(
+            "it holds a lease (F_SETLEASE), of which the other node's kernel would not know",
+            "turn leases off in the program (kernel oplocks, in Samba)",
+        );
+    }
     let link = dir.path(&format!("fd/{}", glimpse.number));
     let text = glimpse.link.as_os_str().as_encoded_bytes();
     if text.starts_with(b"anon_inode:") {

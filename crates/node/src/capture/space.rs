@@ -8,6 +8,7 @@ use crate::obstacle;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{FileRef, KernelMapping, Mapping, MappingKind, Space};
+use dunlin_sys::foothold::Foothold;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::maps::{self, VmFlags};
 use dunlin_sys::procfs::stat::Layout;
@@ -59,7 +60,8 @@ pub fn read(
     let mut mappings = Vec::with_capacity(all.len());
     for (mapping, flags) in all {
         let inside = mapping.start >= hole.0 && mapping.end <= hole.1;
-        if inside || mapping.name == b"[vsyscall]" {
+        // Another arena is that of a move whose daemon was killed: the program knows nothing of it.
+        if inside || Foothold::is_arena(mapping) || mapping.name == b"[vsyscall]" {
             continue;
         }
         match classify(dir, mapping, flags, &mut files)? {

@@ -8,6 +8,7 @@ use super::payload::{self, Frozen, FrozenProcess, Prepare, Prepared, Proposal};
 use super::recover::ArrivalRecord;
 use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock};
+use crate::entries::Place;
 use crate::obstacle::obstacle;
 use crate::pager::{Journal, NewSpace, SpaceHandle};
 use crate::processes::{HiddenKind, Resident};
@@ -128,8 +129,8 @@ struct Incoming {
     id: MoveId,
     common: Common,
     prepared: Vec<Prepared>,
-    /// Which places stood for their process before.
-    stood: Vec<bool>,
+    /// Where each process comes, in their order; the first of them have become `blanks`.
+    places: Vec<Placed>,
     relatives: Vec<Vec<Pid>>,
     blanks: Vec<Blank>,
     frozen: Vec<FrozenProcess>,
@@ -139,6 +140,13 @@ struct Incoming {
     event: Option<DestinationEvent>,
 }
 
+/// A place that was made, or found, for an arriving process.
+struct Placed {
+    pid: Pid,
+    place: Place,
+    comm: Vec<u8>,
+}
+
 impl Incoming {
     fn new(mover: Arc<Mover>, id: MoveId) -> Incoming {
         Incoming {
@@ -146,7 +154,7 @@ impl Incoming {
             id,
             common: Common::default(),
             prepared: Vec::new(),
-            stood: Vec::new(),
+            places: Vec::new(),
             relatives: Vec::new(),
             blanks: Vec::new(),
             frozen: Vec::new(),
@@ -311,7 +319,6 @@ impl Incoming {
         let ahead = self.mover.clocks_ahead(self.id.source).map_err(|e| e.to_string())?;
         // First all places, parents before children, while each is still a bare surrogate; then what is in them.
         let moving: Vec<Pid> = processes.iter().map(|p| p.plan.image.lineage.pid).collect();
-        let mut places = Vec::new();
         for process in &processes {
             let mut lineage = process.plan.image.lineage.clone();
             lineage.children.retain(|child| !moving.contains(&child.pid));
@@ -320,14 +327,24 @@ impl Incoming {
                 .entries
                 .place(&lineage)
                 .map_err(|e| format!("making its entry: {e}"))?;
-            self.stood.push(place.stood_before);
-            places.push(place);
+            self.places.push(Placed {
+                pid: lineage.pid,
+                place,
+                comm: process
+                    .plan
+                    .image
+                    .threads
+                    .first()
+                    .map(|t| t.comm.clone())
+                    .unwrap_or_default(),
+            });
             let mut relatives: Vec<Pid> = [lineage.ppid, lineage.pgid, lineage.sid].into();
             relatives.retain(|pid| self.mover.hidden.kind(*pid) == Some(HiddenKind::Relative));
             relatives.dedup();
             self.relatives.push(relatives);
         }
-        for (process, place) in processes.into_iter().zip(places) {
+        for (index, process) in processes.into_iter().enumerate() {
+            let place = self.places[index].place;
             let offsets = [0, 1].map(|i| process.clock_offsets_ns[i] + ahead[i]);
             let blank =
                 self.with_kit(|_, kit| Blank::prepare(place.host, !place.stood_before, &process.plan, offsets, kit))?;
@@ -468,7 +485,7 @@ impl Incoming {
         let lineage = &process.essence.lineage;
         let pid = lineage.pid;
         let mover = &self.mover;
-        if self.stood[index] {
+        if self.places[index].place.stood_before {
             mover.log("unregistering a surrogate", mover.nest.unregister_surrogate(pid));
         }
         let space = self.spaces[index].clone();
@@ -514,15 +531,20 @@ impl Incoming {
     }
 
     fn destroy(&mut self) {
-        for (index, blank) in std::mem::take(&mut self.blanks).into_iter().enumerate() {
-            let pid = blank.pid;
-            if self.stood[index] {
-                let restored = self.mover.entries.stand_again(blank);
-                self.mover.log("making a surrogate stand again", restored);
-            } else {
+        let mut blanks = std::mem::take(&mut self.blanks).into_iter();
+        // A failure leaves one place half-made; those after it are as they were found or made.
+        let touched = blanks.len() + 1;
+        for (index, Placed { pid, place, comm }) in std::mem::take(&mut self.places).into_iter().enumerate() {
+            drop(blanks.next());
+            if !place.stood_before {
                 // Its end is nobody's: the surrogate of its parent will tell of it.
                 self.mover.hidden.insert(pid, HiddenKind::Leaving);
-                blank.destroy();
+                if let Some(host) = rustix::process::Pid::from_raw(place.host) {
+                    let _ = rustix::process::kill_process(host, rustix::process::Signal::KILL);
+                }
+            } else if index < touched {
+                let restored = self.mover.entries.stand_again(pid, place.host, &comm);
+                self.mover.log("making a surrogate stand again", restored);
             }
         }
         self.relatives.clear();

@@ -162,6 +162,7 @@ impl Blank {
 
     /// Lets the program run. The caller has taken [`Blank::pages`] into the pager before.
     pub fn resume(self, essence: &Essence) -> Result<Resumed, RestoreError> {
+        super::locks::take(&self)?;
         threads::resume(&self, essence)?;
         let regions = mappings::demanded(&self.image.space.mappings);
         Ok(Resumed {

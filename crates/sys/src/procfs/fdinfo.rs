@@ -3,12 +3,66 @@
 use super::{ParseError, bad};
 
 /// What every descriptor's fdinfo says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct FdInfo {
     /// The offset of the open file description.
     pub position: u64,
     /// Its open flags, with `O_CLOEXEC` for the descriptor.
     pub flags: u32,
+    /// The locks that the process made through it, and the description's own.
+    pub locks: Vec<Lock>,
+}
+
+/// A line `lock:` of fdinfo; its fields are those of `/proc/locks` (proc_locks(5)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lock {
+    /// What kind it is of.
+    pub kind: LockKind,
+    /// Exclusive.
+    pub write: bool,
+    /// Its first byte.
+    pub start: u64,
+    /// Its last byte; `None` for the end of the file, wherever that comes to be.
+    pub last: Option<u64>,
+}
+
+/// The kinds of locks that the kernel tells apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LockKind {
+    /// fcntl(2), F_SETLK: the process's.
+    Posix,
+    /// fcntl(2), F_OFD_SETLK: the open file description's.
+    OpenFile,
+    /// flock(2).
+    Flock,
+    /// F_SETLEASE, or a delegation of a file server.
+    Lease,
+}
+
+impl Lock {
+    /// What follows `lock:`, such as `1: POSIX  ADVISORY  WRITE 1234 fe:00:77 0 EOF`.
+    fn parse(text: &str) -> Option<Lock> {
+        let mut words = text.split_ascii_whitespace().skip(1);
+        let kind = match words.next()? {
+            "POSIX" => LockKind::Posix,
+            "OFDLCK" => LockKind::OpenFile,
+            "FLOCK" => LockKind::Flock,
+            "LEASE" | "DELEG" => LockKind::Lease,
+            _ => return None,
+        };
+        let write = words.nth(1)? == "WRITE";
+        let start = words.nth(2)?.parse().ok()?;
+        let last = match words.next()? {
+            "EOF" => None,
+            last => Some(last.parse().ok()?),
+        };
+        Some(Lock {
+            kind,
+            write,
+            start,
+            last,
+        })
+    }
 }
 
 impl FdInfo {
@@ -21,6 +75,8 @@ impl FdInfo {
                 info.position = value.trim().parse::<i64>().map_err(|_| bad("fdinfo", line))? as u64;
             } else if let Some(value) = line.strip_prefix("flags:") {
                 info.flags = u32::from_str_radix(value.trim(), 8).map_err(|_| bad("fdinfo", line))?;
+            } else if let Some(value) = line.strip_prefix("lock:") {
+                info.locks.push(Lock::parse(value).ok_or_else(|| bad("fdinfo", line))?);
             }
         }
         Ok(info)
@@ -103,10 +159,30 @@ mod tests {
             info,
             FdInfo {
                 position: 42,
-                flags: 0o2100002
+                flags: 0o2100002,
+                locks: Vec::new(),
             }
         );
         assert!(FdInfo::parse("flags:\t9\n").is_err());
+    }
+
+    #[test]
+    fn locks_of_every_kind() {
+        let text = "lock:\t1: POSIX  ADVISORY  WRITE 1234 fe:00:77 1073741824 1073741825\n\
+                    lock:\t2: OFDLCK ADVISORY  READ  -1 fe:00:77 0 EOF\n\
+                    lock:\t3: FLOCK  ADVISORY  WRITE 1234 fe:00:77 0 EOF\n\
+                    lock:\t4: LEASE  ACTIVE    READ  1234 fe:00:77 0 EOF\n";
+        let locks = FdInfo::parse(text).unwrap().locks;
+        let kinds: Vec<_> = locks.iter().map(|l| (l.kind, l.write)).collect();
+        let expected = [
+            (LockKind::Posix, true),
+            (LockKind::OpenFile, false),
+            (LockKind::Flock, true),
+            (LockKind::Lease, false),
+        ];
+        assert_eq!(kinds, expected);
+        assert_eq!((locks[0].start, locks[0].last), (1_073_741_824, Some(1_073_741_825)));
+        assert!(FdInfo::parse("lock:\t1: POSIX\n").is_err());
     }
 
     #[test]
