@@ -88,7 +88,10 @@ fn changes_survive(name: &str, killed: &str) {
         for change in &CHANGES[2..] {
             child.ask(change);
         }
-        check(&mut child, &format!("the child, {killed} killed before change {kill_after}"));
+        check(
+            &mut child,
+            &format!("the child, {killed} killed before change {kill_after}"),
+        );
         check(&mut program, &format!("{killed} killed before change {kill_after}"));
         let (pid, child) = (program.pid, child.pid);
         lab.until("all pages have come", |rows| {
@@ -109,4 +112,85 @@ fn changes_of_memory_survive_the_death_of_the_daemon_that_serves_it() {
 #[test]
 fn changes_of_memory_survive_the_death_of_the_daemon_that_holds_it() {
     changes_survive("changes-here", "n1");
+}
+
+/// Which daemon is killed.
+#[derive(Clone, Copy, PartialEq)]
+enum Role {
+    Source,
+    Destination,
+}
+
+/// A move there and back, again and again, while a daemon is killed at every stage of it: there is one program, which
+/// answers every order once.
+fn killed_at_any_time(name: &str, role: Role, delays_us: impl Iterator<Item = u64>) {
+    let lab = Lab::up(name, &Options::default());
+    let workshop = Workshop::new(name);
+    let (mut program, _) = Obedient::start(&lab, &workshop, "program");
+    program.ask("memory = random.Random(3).randbytes(1 << 20) * 24");
+    program.ask("import threading");
+    program.ask("turns = [0, 0]");
+    for thread in 0..2 {
+        program.ask(&format!(
+            "exec('def turn():\\n while 1:\\n  turns[{thread}] += 1; time.sleep(0.001)', globals())"
+        ));
+        program.ask("threading.Thread(target=turn, daemon=True).start()");
+    }
+    let digest = program.ask("hashlib.sha256(memory).hexdigest()");
+    let pid = program.pid;
+    let mut at = "n1".to_owned();
+    let (mut moved, mut stayed) = (0, 0);
+    for delay_us in delays_us {
+        let to = if at == "n1" { "n2" } else { "n1" };
+        let killed = if role == Role::Source { at.as_str() } else { to };
+        std::thread::scope(|scope| {
+            let number = pid.to_string();
+            let lab = &lab;
+            let moving = scope.spawn(move || lab.dunlin(&["--node", "n3", "move", &number, to, "--wait", "resumed"]));
+            std::thread::sleep(std::time::Duration::from_micros(delay_us));
+            lab.signal_daemon(killed, 9);
+            lab.start_daemon(killed);
+            moving.join().unwrap();
+        });
+        let when = format!("{killed} was killed {delay_us} us after a move from {at} to {to} was asked for");
+        let mut found = Vec::new();
+        lab.until(&format!("{pid} is in one place: {when}"), |rows| {
+            found = rows.iter().filter(|r| r.pid == pid).map(|r| r.node.clone()).collect();
+            found.len() == 1
+        });
+        assert_eq!(program.ask("hashlib.sha256(memory).hexdigest()"), digest, "{when}");
+        assert_eq!(program.ask("turns.clear() or turns.extend([0, 0])"), "None", "{when}");
+        while program.ask("all(turns)") != "True" {}
+        // Two would answer twice.
+        let answers = std::fs::read_to_string(workshop.path("program.answers")).unwrap();
+        let orders = std::fs::read_to_string(workshop.path("program.orders")).unwrap();
+        assert_eq!(answers.lines().count(), orders.lines().count(), "{when}");
+        if found[0] == at {
+            stayed += 1;
+        } else {
+            moved += 1;
+        }
+        at = found.remove(0);
+    }
+    println!("moved {moved} times, stayed {stayed} times");
+    assert!(moved > 0 && stayed > 0, "the delays are not those of a move");
+    for to in ["n3", "n1", "n2"] {
+        lab.move_process(pid, to);
+        assert_eq!(program.ask("hashlib.sha256(memory).hexdigest()"), digest, "moved on to {to}");
+    }
+}
+
+/// From before the move to after it, in steps that are finer where more happens.
+fn delays() -> impl Iterator<Item = u64> {
+    (0..24).map(|i| i * 1_500).chain((0..6).map(|i| 36_000 + i * 12_000))
+}
+
+#[test]
+fn a_source_killed_at_any_time_leaves_one_program() {
+    killed_at_any_time("source-dies", Role::Source, delays());
+}
+
+#[test]
+fn a_destination_killed_at_any_time_leaves_one_program() {
+    killed_at_any_time("destination-dies", Role::Destination, delays());
 }

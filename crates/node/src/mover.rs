@@ -21,7 +21,8 @@ mod second_hand;
 pub use incoming::raw_clocks;
 pub use outgoing::{MoveOutcome, Report, Reporter};
 
-use crate::capture::freeze::Frozen;
+use crate::capture::CaptureError;
+use crate::capture::freeze::LeftBehind;
 use crate::config::NodeConfig;
 use crate::entries::Entries;
 use crate::install::{Installer, Verdict};
@@ -310,13 +311,20 @@ impl Mover {
 
     /// Clears away a process that runs elsewhere now: its memory stays with a keeper (whose numbers come back), and
     /// of the process a surrogate where somebody here still needs its number (who does not leave with it).
-    fn leave_behind(&self, frozen: Frozen, leaving: &[i32]) -> io::Result<(Pid, i32)> {
-        let (pid, host) = (frozen.source.pid, frozen.source.host);
+    fn leave_behind(
+        &self,
+        (pid, host): (Pid, i32),
+        into_image: impl FnOnce() -> Result<LeftBehind, CaptureError>,
+        leaving: &[i32],
+        remember: impl FnOnce(Pid),
+    ) -> io::Result<(Pid, i32)> {
         let comm = ProcDir::process(host).bytes("comm")?;
-        let left = frozen.into_image().map_err(io::Error::other)?;
+        let left = into_image().map_err(io::Error::other)?;
         let number = left.keeper;
         self.hidden.insert(number, HiddenKind::Keeper);
         let keeper = self.nest.host_pid(number)?.ok_or(io::ErrorKind::NotFound)?;
+        // As long as the first thread is there, a later daemon finds the keeper by it; from here on by this.
+        remember(number);
         let kind = if self.modulus().home(pid) == Some(self.here) {
             HiddenKind::Departed
         } else if self.has_relatives_here(pid, leaving) {

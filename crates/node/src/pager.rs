@@ -19,11 +19,11 @@ mod supply;
 
 pub use claims::Claims;
 use claims::{Command, FamilyHandle, Probe};
-pub use journal::{Journal, JournalError, Told};
 use dunlin_cluster::page_map::PageMap;
 use dunlin_proto::control::Quantiles;
 use dunlin_proto::ids::ImageId;
 use dunlin_sys::uffd::Uffd;
+pub use journal::{Journal, JournalError, Told};
 use rustix::fd::BorrowedFd;
 use stats::Shared;
 use std::collections::{BTreeMap, BTreeSet};

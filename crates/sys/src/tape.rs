@@ -126,8 +126,7 @@ impl Tape {
         self.word(BASE_AT).store(self.state(), Ordering::Release);
         compiler_fence(Ordering::SeqCst);
         // SAFETY: the landing lies inside this tape's own mapping, which `self` borrows mutably.
-        let landing =
-            unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr().add(LANDING_AT), LANDING_BYTES) };
+        let landing = unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr().add(LANDING_AT), LANDING_BYTES) };
         let read = rustix::io::read(from, &mut *landing)?;
         Ok(landing[..read].to_vec())
     }

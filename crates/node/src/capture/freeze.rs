@@ -4,9 +4,9 @@
 //! process goes on here or there. Invariants: until [`Frozen::park`] the death of this daemon lets the program run on;
 //! from then on it waits for a decision; [`Frozen::thaw`] puts back every register and mask.
 
+use super::held;
 use super::questions::{ProcessQuestions, ThreadQuestions};
 use super::threads::{self, FrozenThread};
-use super::held;
 use super::{
     CaptureError, Memory, PAGE, SCRIPT_MASK, Source, descriptors, parked, read_traits, sleep, space, stop_one,
 };
@@ -490,8 +490,7 @@ pub(super) fn leave_image(
     let (leader, _) = script.run(leader)?;
     let mut script = Script::new(&foothold.arena);
     for info in leader.pending_signals(true)? {
-        let [signal, code] =
-            [0, 8].map(|at| i32::from_le_bytes([info[at], info[at + 1], info[at + 2], info[at + 3]]));
+        let [signal, code] = [0, 8].map(|at| i32::from_le_bytes([info[at], info[at + 1], info[at + 2], info[at + 3]]));
         if ITIMER_SIGNALS.contains(&signal) && code == SI_KERNEL {
             add_take(&mut script, signal);
         }
@@ -515,7 +514,7 @@ pub struct LeftBehind {
     pub keeper: Pid,
     /// The emptied first thread, stopped.
     pub leader: Stopped,
-    foothold: Foothold,
+    pub(super) foothold: Foothold,
 }
 
 impl LeftBehind {

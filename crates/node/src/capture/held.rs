@@ -37,6 +37,11 @@ impl Abandoned {
         Note::of(&self.foothold).blank
     }
 
+    /// Where its arena is: those who share its memory have it there, too, and nobody else.
+    pub fn arena(&self) -> u64 {
+        self.foothold.range().0
+    }
+
     /// Does one of its threads wait in the loop?
     pub fn waits(&self) -> bool {
         let Ok(tids) = ProcDir::process(self.host).threads() else {
@@ -44,7 +49,10 @@ impl Abandoned {
         };
         tids.into_iter().any(|tid| {
             let text = ProcDir::thread(self.host, tid).text("syscall").unwrap_or_default();
-            let rip = text.split_ascii_whitespace().last().and_then(|word| word.strip_prefix("0x"));
+            let rip = text
+                .split_ascii_whitespace()
+                .last()
+                .and_then(|word| word.strip_prefix("0x"));
             let rip = rip.and_then(|word| u64::from_str_radix(word, 16).ok());
             rip.is_some_and(|rip| self.foothold.arena.is_inside(rip))
         })
@@ -92,10 +100,23 @@ impl Abandoned {
         Ok(())
     }
 
-    /// After the commit: leaves its memory to a keeper, as [`Frozen::into_image`](super::freeze::Frozen::into_image).
-    pub fn into_image(self, pending: Vec<i32>) -> Result<LeftBehind, CaptureError> {
+    /// After the commit: leaves its memory to a keeper, as [`Frozen::into_image`](super::freeze::Frozen::into_image); to
+    /// the one that was made already, if there is one.
+    pub fn into_image(self, pending: Vec<i32>, keeper: Option<Pid>) -> Result<LeftBehind, CaptureError> {
         let mut threads = stop_all(self.host)?;
         threads.sort_by_key(|thread| thread.tid() != self.host);
+        if let Some(keeper) = keeper {
+            for thread in threads.into_iter().skip(1) {
+                thread.detach(0)?;
+            }
+            let leader = Stopped::assume(self.host);
+            leader.set_signal_mask(u64::MAX)?;
+            return Ok(LeftBehind {
+                keeper,
+                leader,
+                foothold: self.foothold,
+            });
+        }
         leave_image(self.foothold, self.host, threads, pending)
     }
 }
@@ -174,7 +195,9 @@ impl Note {
     pub fn leave(&self, foothold: &Foothold) {
         let [handler, flags, restorer, mask] = self.action;
         let (ignored, blank) = (u64::from(self.trap.is_ignored()), u64::from(self.blank));
-        foothold.arena.note([ignored, handler, flags, restorer, mask, blank, 0, 0]);
+        foothold
+            .arena
+            .note([ignored, handler, flags, restorer, mask, blank, 0, 0]);
     }
 
     fn of(foothold: &Foothold) -> Note {

@@ -89,7 +89,10 @@ fn drop_if_closed(stream: &mut Option<TcpStream>) {
     let is_open = |stream: &TcpStream| {
         let mut byte = [0u8; 1];
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        matches!(rustix::net::recv(stream, &mut byte, flags), Err(Errno::AGAIN | Errno::INTR))
+        matches!(
+            rustix::net::recv(stream, &mut byte, flags),
+            Err(Errno::AGAIN | Errno::INTR)
+        )
     };
     if stream.as_ref().is_some_and(|stream| !is_open(stream)) {
         *stream = None;

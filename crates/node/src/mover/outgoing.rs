@@ -6,9 +6,10 @@
 use super::attempts::Attempts;
 use super::payload::{self, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared, Proposal};
 use super::progress::{Times, phase};
-use super::recover::ImageRecord;
+use super::recover::{ImageRecord, KeptSource, Left};
 use super::{Mover, NEST_FILTERS, Word, lock, random};
 use crate::capture::freeze::Frozen;
+use crate::capture::held::Abandoned;
 use crate::capture::{CaptureError, Met, Source, Surroundings};
 use crate::obstacle::obstacle;
 use crate::page_server::NewImage;
@@ -16,7 +17,7 @@ use crate::pager::{Journal, NewSpace, Withdrawn};
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::home::HomeEvent;
 use dunlin_cluster::relocation::source::{
-    Plan, SourceAction, SourceEvent, SourceMove, SourceRecord, SourceReport, WhyNot,
+    Plan, SourceAction, SourceEvent, SourceMove, SourceRecord, SourceReport, SourceStage, WhyNot,
 };
 use dunlin_proto::control::{
     Failure, FailureKind, MoveMode, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, WaitFor,
@@ -28,6 +29,7 @@ use dunlin_proto::peer::{PeerReply, PeerRequest};
 use dunlin_proto::relocation::{Claim, LeaseRefusal, Member};
 use dunlin_sys::procfs::ProcDir;
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -295,6 +297,8 @@ struct Outgoing<'a> {
     images: BTreeMap<Pid, ImageId>,
     keepers: BTreeMap<Pid, i32>,
     regions: BTreeMap<Pid, Vec<(u64, u64)>>,
+    /// Of a move that a former daemon began: what it had frozen.
+    left: Vec<Left>,
     times: Times,
     reporter: &'a Reporter,
     told: bool,
@@ -307,7 +311,7 @@ struct Outgoing<'a> {
 /// Goes on with a move of a former daemon, of which these images are left: who asked for it is not told.
 pub(super) fn go_on(
     mover: &Arc<Mover>,
-    record: SourceRecord,
+    KeptSource { record, left }: KeptSource,
     images: Vec<(ImageRecord, i32)>,
     withdrawn: BTreeMap<Pid, Withdrawn>,
     words: &Receiver<Word>,
@@ -325,6 +329,11 @@ pub(super) fn go_on(
     let mut this = Outgoing::new(mover.clone(), request, plan, Vec::new(), &reporter);
     this.told = true;
     this.withdrawn = withdrawn;
+    this.left = left;
+    for left in &this.left {
+        this.images.extend(left.image.map(|image| (left.pid, image)));
+        this.regions.insert(left.pid, left.regions.clone());
+    }
     for (image, keeper) in images {
         this.images.insert(image.pid, image.id);
         this.keepers.insert(image.pid, keeper);
@@ -354,6 +363,7 @@ impl<'a> Outgoing<'a> {
             images: BTreeMap::new(),
             keepers: BTreeMap::new(),
             regions: BTreeMap::new(),
+            left: Vec::new(),
             times: Times::start(),
             reporter,
             told: false,
@@ -503,11 +513,7 @@ impl<'a> Outgoing<'a> {
                 self.events.push(SourceEvent::Prepared(payload));
             }
             SourceAction::ReadyToFreeze(_) => self.events.push(SourceEvent::Freeze),
-            SourceAction::Persist(record) => {
-                let blob = postcard::to_stdvec(&record).unwrap_or_default();
-                self.mover
-                    .log("keeping a record", self.mover.nest.store_soon(&self.label(), blob));
-            }
+            SourceAction::Persist(record) => self.persist(record)?,
             SourceAction::Forget => {
                 self.mover
                     .log("dropping a record", self.mover.nest.drop_soon(&self.label()));
@@ -531,6 +537,50 @@ impl<'a> Outgoing<'a> {
             SourceAction::Report(report) => self.reported(report)?,
         }
         Ok(())
+    }
+
+    /// A record that cannot be made durable ends the thread as a crash would: what is parked waits for the next daemon.
+    fn persist(&self, record: SourceRecord) -> Result<(), MoveOutcome> {
+        let is_first = matches!(record.stage, SourceStage::Freezing(_));
+        let left = self
+            .left
+            .iter()
+            .cloned()
+            .chain(self.frozen.iter().map(|f| self.left_of(f)));
+        let kept = KeptSource {
+            left: left.collect(),
+            record,
+        };
+        let label = self.label();
+        let stored = postcard::to_stdvec(&kept)
+            .map_err(std::io::Error::other)
+            .and_then(|blob| {
+                // Before the freeze there is time to hear whether there is room.
+                if is_first {
+                    self.mover.nest.store(&label, &[], blob)
+                } else {
+                    self.mover.nest.store_soon(&label, blob)
+                }
+            });
+        stored.map_err(|error| {
+            let message = format!(
+                "process {} was not moved: the record {label} could not be kept: {error}; it waits until this daemon is restarted",
+                self.request.pid
+            );
+            MoveOutcome::Failed(failure(FailureKind::MoveFailed, message, None))
+        })
+    }
+
+    fn left_of(&self, frozen: &Frozen) -> Left {
+        let pid = frozen.source.pid;
+        Left {
+            pid,
+            host: frozen.source.host,
+            image: self.images.get(&pid).copied(),
+            regions: self.regions.get(&pid).cloned().unwrap_or_default(),
+            pending: frozen.pending().to_vec(),
+            streams: frozen.source.streams(),
+        }
     }
 
     fn reported(&mut self, report: SourceReport) -> Result<(), MoveOutcome> {
@@ -800,6 +850,56 @@ impl<'a> Outgoing<'a> {
             }
         }
         self.sources.drain(..).for_each(Source::abandon);
+        for left in std::mem::take(&mut self.left) {
+            if let Some(withdrawn) = self.withdrawn.remove(&left.pid) {
+                self.mover.adopt_again(left.pid, withdrawn);
+            }
+            self.mover.let_run_on(left.pid, left.host, None);
+        }
+    }
+
+    /// What a former daemon had parked is another node's by now.
+    fn leave_again(&mut self, left: &Left, leaving: &[i32]) {
+        let (mover, pid) = (self.mover.clone(), left.pid);
+        mover.exits.left(pid);
+        let found = Abandoned::find(pid, left.host).ok().flatten();
+        if let Some(abandoned) = found.filter(|_| mover.nest.host_pid(pid).ok().flatten() == Some(left.host)) {
+            let arena = abandoned.arena();
+            let keeper = children_of(left.host).into_iter().find(|(child, host)| {
+                Abandoned::find(*child, *host).is_ok_and(|found| found.is_some_and(|found| found.arena() == arena))
+            });
+            let into_image = || abandoned.into_image(left.pending.clone(), keeper.map(|(child, _)| child));
+            let remember = |number| self.remember_image(pid, number);
+            match mover.leave_behind((pid, left.host), into_image, leaving, remember) {
+                Ok((_, keeper)) => self.serve_again(pid, keeper),
+                Err(error) => tracing::error!(%pid, %error, "a departed process was not cleared away"),
+            }
+        }
+        mover.streams.departed(pid, &left.streams, self.plan.destination);
+        mover.residents.remove(pid);
+        if mover.arrivals.remove(pid).is_some() {
+            mover.forget_arrival(pid);
+        }
+        if let Some(withdrawn) = self.withdrawn.remove(&pid) {
+            mover.hand_over(withdrawn);
+        }
+    }
+
+    fn serve_again(&mut self, pid: Pid, keeper: i32) {
+        self.keepers.insert(pid, keeper);
+        let open = |name: &str| File::open(ProcDir::process(keeper).path(name));
+        let (Some(id), Ok(mem), Ok(pagemap)) = (self.images.get(&pid).copied(), open("mem"), open("pagemap")) else {
+            return tracing::error!(%pid, "the pages that a process left here cannot be served");
+        };
+        let left = self.left.iter().find(|left| left.pid == pid);
+        self.mover.images.register(NewImage {
+            id,
+            mem,
+            pagemap,
+            keeper: Some(keeper),
+            regions: left.map(|left| left.regions.clone()).unwrap_or_default(),
+            on_unused: self.on_unused(pid),
+        });
     }
 
     fn make_images(&mut self) {
@@ -809,11 +909,11 @@ impl<'a> Outgoing<'a> {
             let pid = frozen.source.pid;
             let streams = frozen.source.streams();
             self.mover.exits.left(pid);
-            match self.mover.leave_behind(frozen, &leaving) {
-                Ok((number, keeper)) => {
-                    self.keepers.insert(pid, keeper);
-                    self.remember_image(pid, number);
-                }
+            let task = (pid, frozen.source.host);
+            let mover = self.mover.clone();
+            let remember = |number| self.remember_image(pid, number);
+            match mover.leave_behind(task, || frozen.into_image(), &leaving, remember) {
+                Ok((_, keeper)) => drop(self.keepers.insert(pid, keeper)),
                 Err(error) => tracing::error!(%pid, %error, "a departed process was not cleared away"),
             }
             self.mover.streams.departed(pid, &streams, to);
@@ -826,6 +926,13 @@ impl<'a> Outgoing<'a> {
                 self.mover.hand_over(withdrawn);
             }
         }
+        let left = std::mem::take(&mut self.left);
+        let leaving: Vec<i32> = left.iter().map(|left| left.host).collect();
+        for one in &left {
+            self.left = left.clone();
+            self.leave_again(one, &leaving);
+        }
+        self.left.clear();
         self.mover.sweep();
     }
 
@@ -864,6 +971,18 @@ fn regions(plan: &ProcessPlan) -> Vec<(u64, u64)> {
 }
 
 impl Mover {
+    /// Lets a process run on that a former daemon held. Nothing to do if it runs already.
+    pub(super) fn let_run_on(&self, pid: Pid, host: i32, stopped_by: Option<i32>) {
+        let done = Abandoned::find(pid, host).and_then(|found| match found {
+            Some(abandoned) => abandoned.run_on(stopped_by),
+            None => Ok(()),
+        });
+        match done {
+            Ok(()) | Err(CaptureError::Gone) => {}
+            Err(error) => tracing::error!(%pid, %error, "a process that was held could not be let run on"),
+        }
+    }
+
     fn reserve_party(&self, party: &[(Pid, i32)], id: MoveId) -> Result<(), MoveOutcome> {
         let mut busy = lock(&self.busy);
         // A process that has just come may go on when its home knows that it is here: a matter of milliseconds.

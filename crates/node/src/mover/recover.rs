@@ -9,6 +9,8 @@ use super::arrivals::Arrival;
 use super::incoming::elsewhere;
 use super::second_hand::{self, SecondHand};
 use super::{Mover, lock, outgoing};
+use crate::capture::CaptureError;
+use crate::capture::held::Abandoned;
 use crate::nest::Nest;
 use crate::page_server::NewImage;
 use crate::pager::{Journal, SpaceHandle, Survivor, Withdrawn};
@@ -17,7 +19,7 @@ use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::destination::{DestinationMove, DestinationRecord, Found};
 use dunlin_cluster::relocation::source::{SourceEvent, SourceRecord, SourceStage};
 use dunlin_proto::control::ExitStatus;
-use dunlin_proto::ids::{ImageId, Incarnation, MoveId, Pid};
+use dunlin_proto::ids::{ImageId, Incarnation, MoveId, Pid, RunId};
 use dunlin_proto::relocation::Ending;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::uffd::Uffd;
@@ -55,6 +57,26 @@ pub(super) struct ImageRecord {
     pub(super) pid: Pid,
     pub(super) keeper: Pid,
     pub(super) regions: Vec<(u64, u64)>,
+}
+
+/// What a source must know after a restart: the protocol's part, and what it had frozen.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct KeptSource {
+    pub(super) record: SourceRecord,
+    pub(super) left: Vec<Left>,
+}
+
+/// A frozen process.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Left {
+    pub(super) pid: Pid,
+    pub(super) host: i32,
+    /// Under which name its pages are served from the commit on, and which.
+    pub(super) image: Option<ImageId>,
+    pub(super) regions: Vec<(u64, u64)>,
+    /// The signals that travel with it.
+    pub(super) pending: Vec<i32>,
+    pub(super) streams: Vec<(RunId, u8)>,
 }
 
 impl Mover {
@@ -98,25 +120,40 @@ impl Mover {
             }
         }
         let destinations = records::<DestinationRecord>(&self.nest, &labels, DESTINATION)?;
-        let sources = records::<SourceRecord>(&self.nest, &labels, SOURCE)?;
+        let mut sources = records::<KeptSource>(&self.nest, &labels, SOURCE)?;
         let mut ended = Vec::new();
         for record in records::<ArrivalRecord>(&self.nest, &labels, ARRIVAL)? {
             ended.extend(self.recover_arrival(record)?);
         }
-        let undecided: BTreeSet<Pid> = sources.iter().flat_map(parked).collect();
+        for source in &mut sources {
+            self.find_frozen(source)?;
+        }
+        let undecided: BTreeSet<Pid> = sources.iter().flat_map(|source| parked(&source.record)).collect();
+        let held: BTreeSet<Pid> = sources
+            .iter()
+            .flat_map(|source| source.left.iter().map(|left| left.pid))
+            .chain(destinations.iter().flat_map(|d| d.members.iter().map(|m| m.pid)))
+            .collect();
+        self.free_the_abandoned(&held);
         let mut withdrawn = self.take_up_spaces(&labels, &undecided)?;
         drop(quiet);
         // What became of a copy that this node was to run is told by its move.
-        ended.retain(|pid| !destinations.iter().any(|record| record.members.iter().any(|m| m.pid == *pid)));
+        ended.retain(|pid| {
+            !destinations
+                .iter()
+                .any(|record| record.members.iter().any(|m| m.pid == *pid))
+        });
         ended.into_iter().for_each(|pid| self.vanished(pid));
         for record in destinations {
             self.recover_destination(record)?;
         }
-        for record in sources {
-            let images = images.remove(&record.plan.move_id).unwrap_or_default();
-            let pids = parked(&record);
+        for source in sources {
+            let id = source.record.plan.move_id;
+            let images = images.remove(&id).unwrap_or_default();
+            let pids = parked(&source.record);
+            lock(&self.busy).extend(pids.iter().map(|pid| (*pid, id)));
             let theirs = pids.iter().filter_map(|pid| withdrawn.remove_entry(pid)).collect();
-            self.recover_source(record, images, theirs)?;
+            self.recover_source(source, images, theirs)?;
         }
         // They run elsewhere: who holds their pages must hear that nobody here needs them.
         withdrawn.into_values().for_each(|space| self.hand_over(space));
@@ -125,11 +162,7 @@ impl Mover {
 
     /// Serves the spaces again that the last daemon served. Those whose processes do not run here (any more) come back
     /// withdrawn.
-    fn take_up_spaces(
-        &self,
-        labels: &[String],
-        undecided: &BTreeSet<Pid>,
-    ) -> io::Result<BTreeMap<Pid, Withdrawn>> {
+    fn take_up_spaces(&self, labels: &[String], undecided: &BTreeSet<Pid>) -> io::Result<BTreeMap<Pid, Withdrawn>> {
         let mut withdrawn = BTreeMap::new();
         for family in second_hand::kept(&self.nest, labels)? {
             let (mut survivors, mut names, mut processes) = (Vec::new(), Vec::new(), Vec::new());
@@ -213,6 +246,51 @@ impl Mover {
         }
     }
 
+    /// A record of before the freeze does not say which tasks the processes are.
+    fn find_frozen(&self, source: &mut KeptSource) -> io::Result<()> {
+        for pid in parked(&source.record) {
+            if source.left.iter().any(|left| left.pid == pid) {
+                continue;
+            }
+            if let Some(host) = self.nest.host_pid(pid)? {
+                source.left.push(Left {
+                    pid,
+                    host,
+                    image: None,
+                    regions: Vec::new(),
+                    pending: Vec::new(),
+                    streams: Vec::new(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets all processes run on that the last daemon held for a moment, as for a move that was only prepared; but for
+    /// those that a record tells of. A keeper that was just made is found by its parent, who is told of.
+    fn free_the_abandoned(&self, told_of: &BTreeSet<Pid>) {
+        let found = |pid: Pid, host: i32| match Abandoned::find(pid, host) {
+            Ok(found) => found,
+            Err(CaptureError::Gone) => None,
+            Err(error) => {
+                tracing::warn!(%pid, %error, "whether the last daemon held a process is not known");
+                None
+            }
+        };
+        for (host, pid) in self.neighbours() {
+            if told_of.contains(&pid) || self.hidden.kind(pid).is_some() {
+                continue;
+            }
+            let Some(abandoned) = found(pid, host) else { continue };
+            let parent = ProcDir::process(host).status().map_or(0, |status| status.ppid);
+            if found(Pid(0), parent).is_some_and(|parents| parents.arena() == abandoned.arena()) {
+                self.hidden.insert(pid, HiddenKind::Keeper);
+            } else {
+                self.let_run_on(pid, host, None);
+            }
+        }
+    }
+
     /// The surrogates of the nest, by the program that they run.
     fn hide_surrogates(&self) {
         for (host, pid) in self.neighbours() {
@@ -288,10 +366,11 @@ impl Mover {
     /// Serves the images of a move again, and goes on with it.
     fn recover_source(
         &self,
-        record: SourceRecord,
+        source: KeptSource,
         images: Vec<(ImageRecord, i32)>,
         withdrawn: BTreeMap<Pid, Withdrawn>,
     ) -> io::Result<()> {
+        let record = &source.record;
         let id = record.plan.move_id;
         let (sender, words) = channel();
         lock(&self.sources).insert(id, sender);
@@ -311,8 +390,9 @@ impl Mover {
         }
         let mover = self.arc();
         std::thread::Builder::new().name("move again".into()).spawn(move || {
-            outgoing::go_on(&mover, record, images, withdrawn, &words);
+            outgoing::go_on(&mover, source, images, withdrawn, &words);
             lock(&mover.sources).remove(&id);
+            lock(&mover.busy).retain(|_, by| *by != id);
         })?;
         Ok(())
     }

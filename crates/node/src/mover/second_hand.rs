@@ -137,7 +137,9 @@ impl Observer for SecondHand {
 pub fn kept(nest: &Nest, labels: &[String]) -> io::Result<Vec<Vec<Kept>>> {
     let mut families: BTreeMap<String, Vec<Kept>> = BTreeMap::new();
     for label in labels.iter().filter(|label| label.starts_with(UFFD)) {
-        let Some((fds, blob)) = nest.fetch(label)? else { continue };
+        let Some((fds, blob)) = nest.fetch(label)? else {
+            continue;
+        };
         let unsound = || io::Error::other(format!("what init keeps as {label} is no address space"));
         let Ok([uffd, journal]) = <[OwnedFd; 2]>::try_from(fds) else {
             return Err(unsound());

@@ -144,7 +144,11 @@ pub(super) fn go_on(
         return Ok(Vec::new());
     };
     let (send, commands) = channel();
-    let bell = Bell::new().inspect_err(|_| survivors.iter().for_each(|s| drop(s.uffd.try_clone().map(std::mem::forget))))?;
+    let bell = Bell::new().inspect_err(|_| {
+        survivors
+            .iter()
+            .for_each(|s| drop(s.uffd.try_clone().map(std::mem::forget)))
+    })?;
     let handle = FamilyHandle {
         commands: send,
         bell: Arc::new(bell),
@@ -205,12 +209,7 @@ fn random() -> io::Result<ClientId> {
 }
 
 impl Family {
-    fn new(
-        registry: Arc<Registry>,
-        handle: FamilyHandle,
-        commands: Receiver<Command>,
-        founders: Founders,
-    ) -> Family {
+    fn new(registry: Arc<Registry>, handle: FamilyHandle, commands: Receiver<Command>, founders: Founders) -> Family {
         let mut family = Family {
             registry,
             handle,

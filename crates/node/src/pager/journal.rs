@@ -271,7 +271,11 @@ mod tests {
         journal.done_with(IMAGE, &map);
         let (_, told) = again(&journal);
         assert!(told.map.is_drained());
-        assert_eq!(told.map.images().collect::<Vec<_>>(), [IMAGE], "it is to be released all the same");
+        assert_eq!(
+            told.map.images().collect::<Vec<_>>(),
+            [IMAGE],
+            "it is to be released all the same"
+        );
     }
 
     #[test]
@@ -285,10 +289,7 @@ mod tests {
                 to: 0x90_0000,
                 len: 0x1000,
             };
-            let messages = [
-                message(0x14, [0x10_0000, 0x90_0000, 0x1000]),
-                message(0x13, [99, 0, 0]),
-            ];
+            let messages = [message(0x14, [0x10_0000, 0x90_0000, 0x1000]), message(0x13, [99, 0, 0])];
             rustix::io::write(&writer, &messages.concat()).unwrap();
             journal.tape.land(&reader).unwrap();
             apply(&mut map, remap);
