@@ -176,7 +176,11 @@ fn killed_at_any_time(name: &str, role: Role, delays_us: impl Iterator<Item = u6
     assert!(moved > 0 && stayed > 0, "the delays are not those of a move");
     for to in ["n3", "n1", "n2"] {
         lab.move_process(pid, to);
-        assert_eq!(program.ask("hashlib.sha256(memory).hexdigest()"), digest, "moved on to {to}");
+        assert_eq!(
+            program.ask("hashlib.sha256(memory).hexdigest()"),
+            digest,
+            "moved on to {to}"
+        );
     }
 }
 

@@ -129,7 +129,7 @@ fn put_back(thread: &Stopped, before: &Held, is_inside: bool) -> Result<(), Capt
 }
 
 /// Stops all threads of a process, whose former tracer may still be about to vanish.
-fn stop_all(host: i32) -> Result<Vec<Stopped>, CaptureError> {
+pub fn stop_all(host: i32) -> Result<Vec<Stopped>, CaptureError> {
     const EPERM: i32 = 1;
     let deadline = Instant::now() + PATIENCE;
     let mut stopped: Vec<Stopped> = Vec::new();

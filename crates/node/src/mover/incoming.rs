@@ -5,12 +5,12 @@
 
 use super::arrivals::Arrival;
 use super::payload::{self, Frozen, FrozenProcess, Prepare, Prepared, Proposal};
-use super::recover::ArrivalRecord;
+use super::recover::{ArrivalRecord, KeptDestination, KeptPlace};
 use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock};
 use crate::entries::Place;
 use crate::obstacle::obstacle;
-use crate::pager::{Journal, NewSpace, SpaceHandle};
+use crate::pager::{Journal, NewSpace, SpaceHandle, Withdrawn};
 use crate::processes::{HiddenKind, Resident};
 use crate::restore::{Blank, Common, Kit, RestoreError};
 use crate::verify;
@@ -52,8 +52,16 @@ impl Mover {
     }
 
     /// Goes on with an arrival of a former daemon's time, whatever became of it.
-    pub(super) fn go_on_arriving(&self, id: MoveId, machine: DestinationMove, words: &Receiver<Word>) {
-        Incoming::new(self.arc(), id).go(machine, words);
+    pub(super) fn go_on_arriving(
+        &self,
+        id: MoveId,
+        machine: DestinationMove,
+        waiting: Vec<(KeptPlace, Option<Withdrawn>)>,
+        words: &Receiver<Word>,
+    ) {
+        let mut incoming = Incoming::new(self.arc(), id);
+        incoming.waiting = waiting;
+        incoming.go(machine, words);
     }
 
     /// Could these processes be restored here?
@@ -138,6 +146,8 @@ struct Incoming {
     members: Vec<Member>,
     verified: BTreeMap<Pid, u64>,
     event: Option<DestinationEvent>,
+    /// What a former daemon has rebuilt.
+    waiting: Vec<(KeptPlace, Option<Withdrawn>)>,
 }
 
 /// A place that was made, or found, for an arriving process.
@@ -162,13 +172,16 @@ impl Incoming {
             members: Vec::new(),
             verified: BTreeMap::new(),
             event: None,
+            waiting: Vec::new(),
         }
     }
 
     fn go(&mut self, mut machine: DestinationMove, words: &Receiver<Word>) {
         loop {
             while let Some(action) = machine.poll_action() {
-                self.act(action);
+                if !self.act(action) {
+                    return;
+                }
             }
             if machine.is_ended() {
                 return;
@@ -201,7 +214,8 @@ impl Incoming {
         }
     }
 
-    fn act(&mut self, action: DestinationAction) {
+    /// Carries one action out; if that is impossible, no other may follow.
+    fn act(&mut self, action: DestinationAction) -> bool {
         match action {
             DestinationAction::Send { to, msg } => self.mover.send(to, msg),
             DestinationAction::Check(proposal) => self.event = Some(self.check(&proposal)),
@@ -221,9 +235,20 @@ impl Incoming {
                 });
             }
             DestinationAction::Persist(record) => {
-                let blob = postcard::to_stdvec(&record).unwrap_or_default();
-                self.mover
-                    .log("keeping a record", self.mover.nest.store_soon(&self.label(), blob));
+                let label = self.label();
+                let places = match self.frozen.is_empty() {
+                    true => self.waiting.iter().map(|(place, _)| place.clone()).collect(),
+                    false => (0..self.frozen.len()).map(|index| self.place_of(index)).collect(),
+                };
+                let kept = postcard::to_stdvec(&KeptDestination { record, places });
+                let stored = kept
+                    .map_err(io::Error::other)
+                    .and_then(|blob| self.mover.nest.store_soon(&label, blob));
+                if let Err(error) = stored {
+                    // As a crash would: whoever waits for a word of this move gives it up, or waits for the next daemon.
+                    tracing::error!(%label, %error, "a move stops: its record could not be kept");
+                    return false;
+                }
             }
             DestinationAction::Forget => {
                 self.mover
@@ -234,6 +259,7 @@ impl Incoming {
             DestinationAction::Learn(changes) => self.mover.decide(HomeEvent::Learn(changes)),
             DestinationAction::Post { to, notice } => self.mover.post(to, notice),
         }
+        true
     }
 
     fn label(&self) -> String {
@@ -247,6 +273,18 @@ impl Incoming {
         };
         let root = proposal.pids.first().copied().unwrap_or(Pid(0));
         let mut obstacles = Vec::new();
+        for pid in &proposal.pids {
+            // A copy whose move away is not decided, another move's blank, or one that its home does not yet know here.
+            if let Some(other) = lock(&self.mover.busy).get(pid).filter(|by| **by != self.id) {
+                obstacles.push(obstacle(
+                    *pid,
+                    "kernel",
+                    format_args!("PID {pid}"),
+                    format!("the destination still has a move of it under way ({other})"),
+                    "try again when that move has ended",
+                ));
+            }
+        }
         let here = cpu_features();
         let missing: Vec<&String> = proposal.cpu_features.iter().filter(|f| !here.contains(f)).collect();
         if !missing.is_empty() {
@@ -370,6 +408,9 @@ impl Incoming {
             self.verify(index, &process)?;
             self.frozen.push(process);
         }
+        for (blank, process) in self.blanks.iter().zip(&self.frozen) {
+            blank.outlive(&process.essence).map_err(|e| e.to_string())?;
+        }
         tracing::debug!(load_us = started.elapsed().as_micros(), "loaded");
         Ok(())
     }
@@ -439,7 +480,10 @@ impl Incoming {
 
     fn resume(&mut self) {
         let started = Instant::now();
-        (0..self.frozen.len()).for_each(|index| self.remember(index));
+        self.resume_waiting();
+        for index in 0..self.frozen.len() {
+            self.mover.remember_arrival(&self.arrival_of(index));
+        }
         let blanks = std::mem::take(&mut self.blanks);
         let mut hosts = Vec::new();
         for (blank, process) in blanks.into_iter().zip(&self.frozen) {
@@ -463,12 +507,44 @@ impl Incoming {
         images
     }
 
-    /// Writes down, before it runs, what a later daemon must know of a process that came.
-    fn remember(&self, index: usize) {
+    /// What is kept of a process that waits for the decision.
+    fn place_of(&self, index: usize) -> KeptPlace {
+        let Placed { pid, place, comm } = &self.places[index];
+        KeptPlace {
+            pid: *pid,
+            host: place.host,
+            comm: comm.clone(),
+            stopped_by: self.frozen[index].essence.stopped_by,
+            arrival: self.arrival_of(index),
+        }
+    }
+
+    /// Lets those run that a former daemon has rebuilt.
+    fn resume_waiting(&mut self) {
+        for (place, space) in std::mem::take(&mut self.waiting) {
+            let (mover, pid) = (&self.mover, place.pid);
+            mover.remember_arrival(&place.arrival);
+            mover.hidden.remove(pid);
+            let arrived = mover.recover_arrival(place.arrival);
+            if let Some(space) = space {
+                mover.adopt_again(pid, space);
+            }
+            mover.log("unregistering a surrogate", mover.nest.unregister_surrogate(pid));
+            mover.let_run_on(pid, place.host, place.stopped_by);
+            match arrived {
+                Ok(None) => {}
+                Ok(Some(ended)) => mover.vanished(ended),
+                Err(error) => tracing::error!(%pid, %error, "an arrived process cannot be watched"),
+            }
+        }
+    }
+
+    /// What a later daemon must know of a process that came; written down before it runs.
+    fn arrival_of(&self, index: usize) -> ArrivalRecord {
         let process = &self.frozen[index];
         let lineage = &process.essence.lineage;
         let member = self.members.iter().find(|m| m.pid == lineage.pid);
-        self.mover.remember_arrival(&ArrivalRecord {
+        ArrivalRecord {
             pid: lineage.pid,
             moves: lineage.moves + 1,
             command: lineage.command.clone(),
@@ -477,7 +553,7 @@ impl Incoming {
             images: self.images_of(index).into_iter().collect(),
             relatives: self.relatives[index].clone(),
             uid: process.essence.traits.uids[0],
-        });
+        }
     }
 
     fn arrive(&mut self, index: usize) {
@@ -531,6 +607,12 @@ impl Incoming {
     }
 
     fn destroy(&mut self) {
+        for (place, space) in std::mem::take(&mut self.waiting) {
+            self.mover.stand_for(place.pid, place.host, &place.comm);
+            if let Some(space) = space {
+                self.mover.hand_over(space);
+            }
+        }
         let mut blanks = std::mem::take(&mut self.blanks).into_iter();
         // A failure leaves one place half-made; those after it are as they were found or made.
         let touched = blanks.len() + 1;

@@ -1009,7 +1009,7 @@ impl Mover {
     }
 
     /// Serves a space again whose move was given up.
-    fn adopt_again(&self, pid: Pid, withdrawn: Withdrawn) {
+    pub(super) fn adopt_again(&self, pid: Pid, withdrawn: Withdrawn) {
         let Withdrawn {
             id: old,
             observer,

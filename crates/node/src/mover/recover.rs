@@ -10,7 +10,7 @@ use super::incoming::elsewhere;
 use super::second_hand::{self, SecondHand};
 use super::{Mover, lock, outgoing};
 use crate::capture::CaptureError;
-use crate::capture::held::Abandoned;
+use crate::capture::held::{Abandoned, stop_all};
 use crate::nest::Nest;
 use crate::page_server::NewImage;
 use crate::pager::{Journal, SpaceHandle, Survivor, Withdrawn};
@@ -37,7 +37,7 @@ const SOURCE: &str = "source/";
 const DESTINATION: &str = "destination/";
 
 /// A process that came by a move, as its node must remember it.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct ArrivalRecord {
     pub(super) pid: Pid,
     pub(super) moves: u32,
@@ -57,6 +57,24 @@ pub(super) struct ImageRecord {
     pub(super) pid: Pid,
     pub(super) keeper: Pid,
     pub(super) regions: Vec<(u64, u64)>,
+}
+
+/// What a destination must know after a restart: the protocol's part, and what it had rebuilt.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct KeptDestination {
+    pub(super) record: DestinationRecord,
+    pub(super) places: Vec<KeptPlace>,
+}
+
+/// A process that was rebuilt.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct KeptPlace {
+    pub(super) pid: Pid,
+    pub(super) host: i32,
+    pub(super) comm: Vec<u8>,
+    /// The signal that it is to be stopped by when it runs.
+    pub(super) stopped_by: Option<i32>,
+    pub(super) arrival: ArrivalRecord,
 }
 
 /// What a source must know after a restart: the protocol's part, and what it had frozen.
@@ -119,7 +137,7 @@ impl Mover {
                 images.entry(record.by).or_default().push((record, host));
             }
         }
-        let destinations = records::<DestinationRecord>(&self.nest, &labels, DESTINATION)?;
+        let destinations = records::<KeptDestination>(&self.nest, &labels, DESTINATION)?;
         let mut sources = records::<KeptSource>(&self.nest, &labels, SOURCE)?;
         let mut ended = Vec::new();
         for record in records::<ArrivalRecord>(&self.nest, &labels, ARRIVAL)? {
@@ -132,7 +150,7 @@ impl Mover {
         let held: BTreeSet<Pid> = sources
             .iter()
             .flat_map(|source| source.left.iter().map(|left| left.pid))
-            .chain(destinations.iter().flat_map(|d| d.members.iter().map(|m| m.pid)))
+            .chain(destinations.iter().flat_map(|d| d.record.members.iter().map(|m| m.pid)))
             .collect();
         self.free_the_abandoned(&held);
         let mut withdrawn = self.take_up_spaces(&labels, &undecided)?;
@@ -141,11 +159,11 @@ impl Mover {
         ended.retain(|pid| {
             !destinations
                 .iter()
-                .any(|record| record.members.iter().any(|m| m.pid == *pid))
+                .any(|kept| kept.record.members.iter().any(|m| m.pid == *pid))
         });
         ended.into_iter().for_each(|pid| self.vanished(pid));
-        for record in destinations {
-            self.recover_destination(record)?;
+        for kept in destinations {
+            self.recover_destination(kept, &mut withdrawn)?;
         }
         for source in sources {
             let id = source.record.plan.move_id;
@@ -285,10 +303,36 @@ impl Mover {
             let parent = ProcDir::process(host).status().map_or(0, |status| status.ppid);
             if found(Pid(0), parent).is_some_and(|parents| parents.arena() == abandoned.arena()) {
                 self.hidden.insert(pid, HiddenKind::Keeper);
+            } else if abandoned.is_blank() {
+                self.stand_for(pid, host, b"dunlin-relative");
             } else {
                 self.let_run_on(pid, host, None);
             }
         }
+    }
+
+    /// Turns what was to become a process, and will not, into a surrogate: where nobody needs one, it is ended later.
+    pub(super) fn stand_for(&self, pid: Pid, host: i32, comm: &[u8]) {
+        let home = self.modulus().home(pid) == Some(self.here);
+        let kind = if home {
+            HiddenKind::Departed
+        } else {
+            HiddenKind::Relative
+        };
+        self.hidden.insert(pid, kind);
+        let stop = || -> Result<(), CaptureError> {
+            for thread in stop_all(host)? {
+                // They end with the exec, which waits for those that are traced.
+                if thread.tid() != host {
+                    thread.detach(0)?;
+                }
+            }
+            Ok(())
+        };
+        let done = stop()
+            .map_err(io::Error::other)
+            .and_then(|()| self.entries.stand_again(pid, host, comm));
+        self.log("making a surrogate stand again", done);
     }
 
     /// The surrogates of the nest, by the program that they run.
@@ -308,7 +352,7 @@ impl Mover {
     }
 
     /// Takes up one that came; its PID, if it has ended since.
-    fn recover_arrival(&self, record: ArrivalRecord) -> io::Result<Option<Pid>> {
+    pub(super) fn recover_arrival(&self, record: ArrivalRecord) -> io::Result<Option<Pid>> {
         let pid = record.pid;
         self.residents.insert(
             pid,
@@ -340,10 +384,26 @@ impl Mover {
     }
 
     /// Tells the home what has become of a copy that the last daemon made.
-    fn recover_destination(&self, record: DestinationRecord) -> io::Result<()> {
+    fn recover_destination(
+        &self,
+        KeptDestination { record, places }: KeptDestination,
+        withdrawn: &mut BTreeMap<Pid, Withdrawn>,
+    ) -> io::Result<()> {
         let id = record.move_id;
         let here = |pid: Pid| self.hidden.kind(pid).is_none() && self.nest.host_pid(pid).is_ok_and(|h| h.is_some());
-        let found = if record.members.iter().any(|m| here(m.pid)) {
+        let mut waiting = Vec::new();
+        for place in places {
+            let found = Abandoned::find(place.pid, place.host).ok().flatten();
+            if found.is_some_and(|found| found.is_blank() && found.waits()) {
+                self.hidden.insert(place.pid, HiddenKind::Blank);
+                let space = withdrawn.remove(&place.pid);
+                waiting.push((place, space));
+            }
+        }
+        let found = if !waiting.is_empty() {
+            lock(&self.busy).extend(waiting.iter().map(|(place, _)| (place.pid, id)));
+            Found::Waiting
+        } else if record.members.iter().any(|m| here(m.pid)) {
             Found::Running
         } else {
             let root = record.members.first().and_then(|m| self.exits.ended(m.pid));
@@ -357,8 +417,9 @@ impl Mover {
         let mover = self.arc();
         std::thread::Builder::new().name("arrival".into()).spawn(move || {
             let machine = DestinationMove::recover(mover.now(), mover.here, Limits::default(), record, found);
-            mover.go_on_arriving(id, machine, &words);
+            mover.go_on_arriving(id, machine, waiting, &words);
             lock(&mover.destinations).remove(&id);
+            lock(&mover.busy).retain(|_, by| *by != id);
         })?;
         Ok(())
     }
