@@ -29,7 +29,7 @@ use dunlin_proto::ids::{Pid, RunId};
 use dunlin_proto::image::{
     DescriptionKind, Files, Lineage, MappingKind, Pages, Plan, ProcessImage, Space, ThreadImage, Traits,
 };
-use dunlin_sys::foothold::{Foothold, FootholdError};
+use dunlin_sys::foothold::{Foothold, FootholdError, syscall_instruction};
 use dunlin_sys::inspect;
 use dunlin_sys::pagemap::{self, Query};
 use dunlin_sys::procfs::ProcDir;
@@ -38,6 +38,7 @@ use dunlin_sys::procfs::limits;
 use dunlin_sys::procfs::maps::{Mapping, VmFlags};
 use dunlin_sys::procfs::status::Status;
 use dunlin_sys::ptrace::{Options, Registers, Running, Stop, Stopped, TraceError};
+use dunlin_sys::refuge::Refuge;
 use dunlin_sys::script::{Held, Script, ScriptError};
 use questions::{ProcessAnswers, ProcessQuestions};
 use sleep::Sleeps;
@@ -141,6 +142,7 @@ pub struct Source {
     tids: BTreeMap<i32, Pid>,
     sleeps: Sleeps,
     nest_filters: usize,
+    refuge: Option<Refuge>,
 }
 
 /// What was seen of a process while it ran.
@@ -184,6 +186,7 @@ impl Source {
 
         let mut sleeps = Sleeps::default();
         let memory = File::open(dir.path("mem"))?;
+        let refuge = Refuge::find(host, syscall_instruction(&dir)?)?;
         sleeps.look(host, host);
         let (thread, stop) = stop_one(pid, Running::seize(host, Options::default())?)?;
         let (registers, mask) = (thread.registers()?, thread.signal_mask()?);
@@ -193,9 +196,14 @@ impl Source {
             _ => registers,
         };
         let filters = freeze::own_filters(&thread, status.seccomp_filters, nest_filters);
-        let asked = Trap::look(&dir)
-            .map_err(CaptureError::from)
-            .and_then(|trap| first_stop(thread, (host, &restore, mask), &timers, trap));
+        let asked = Trap::look(&dir).map_err(CaptureError::from).and_then(|trap| {
+            let held = Held {
+                tid: host,
+                mask,
+                registers: restore,
+            };
+            first_stop(thread, &held, refuge, &timers, trap)
+        });
         // Whatever came of it, the program must run on as it was.
         let thread = Stopped::assume(host);
         let undone = thread
@@ -263,6 +271,7 @@ impl Source {
             tids: looked.tids,
             sleeps,
             nest_filters,
+            refuge,
         };
         source.plan.image.threads = source.tids.values().copied().map(placeholder).collect();
         source.plan.image.threads.sort_by_key(|t| (t.tid != pid, t.tid));
@@ -406,18 +415,18 @@ fn unstoppable(pid: Pid, tid: i32) -> Obstacle {
 /// Plants the foothold and asks the process what only it can answer. The caller puts registers and mask back.
 fn first_stop(
     thread: Stopped,
-    (host, registers, mask): (i32, &Registers, u64),
+    held: &Held,
+    refuge: Option<Refuge>,
     timers: &[dunlin_sys::procfs::fdinfo::PosixTimer],
     trap: Trap,
 ) -> Result<(Foothold, ProcessAnswers), CaptureError> {
+    let host = held.tid;
+    if let Some(refuge) = refuge {
+        refuge.enter(&thread, host, held)?;
+    }
     thread.set_signal_mask(SCRIPT_MASK)?;
     let (thread, foothold) = Foothold::plant(thread, host, &[])?;
-    let held = Held {
-        tid: host,
-        mask,
-        registers: *registers,
-    };
-    foothold.arena.hold(0, &held);
+    foothold.arena.hold(0, held);
     let mut script = Script::new(&foothold.arena);
     let questions = ProcessQuestions::ask(&mut script, timers);
     let (thread, answers) = script.run(thread)?;
@@ -432,10 +441,18 @@ fn give_up(host: i32, foothold: &Foothold, reason: CaptureError) -> CaptureError
     let undo = || -> Result<(), CaptureError> {
         let (thread, _) = Running::seize(host, Options::default())?.stop(Instant::now() + STOP_PATIENCE)?;
         let (registers, mask) = (thread.registers()?, thread.signal_mask()?);
+        let held = Held {
+            tid: host,
+            mask,
+            registers: sleep::made_again(&registers).unwrap_or(registers),
+        };
+        if let Some(refuge) = Refuge::find(host, foothold.syscall_at)? {
+            refuge.enter(&thread, host, &held)?;
+        }
         thread.set_signal_mask(SCRIPT_MASK)?;
         let thread = foothold.uproot(thread)?;
-        thread.set_registers(&sleep::made_again(&registers).unwrap_or(registers))?;
         thread.set_signal_mask(mask)?;
+        thread.set_registers(&held.registers)?;
         Ok(thread.detach(0)?)
     };
     if let Err(error) = undo() {

@@ -232,9 +232,16 @@ fn find_syscall(dir: &ProcDir, vdso: &maps::Mapping) -> Result<u64, FootholdErro
         what: "the vDSO",
         source,
     })?;
-    let at = code
-        .windows(2)
-        .position(|w| w == [0x0f, 0x05])
+    let calls = || {
+        code.windows(2)
+            .enumerate()
+            .filter(|(_, w)| *w == [0x0f, 0x05])
+            .map(|(at, _)| at)
+    };
+    // One with a plain return after it, for the sake of a refuge.
+    let at = calls()
+        .find(|at| crate::refuge::returns_plainly(&code[at + 2..]))
+        .or_else(|| calls().next())
         .ok_or(FootholdError::NoVdso)?;
     Ok(vdso.start + at as u64)
 }

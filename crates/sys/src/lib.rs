@@ -19,6 +19,7 @@ pub mod procfs;
 pub mod ptrace;
 #[cfg(feature = "puppet")]
 pub mod puppet;
+pub mod refuge;
 pub mod script;
 pub mod seccomp;
 pub mod sigwait;

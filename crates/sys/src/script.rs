@@ -109,6 +109,22 @@ pub struct Held {
     pub registers: Registers,
 }
 
+impl Held {
+    /// The registers as words.
+    pub fn words(&self) -> Vec<u64> {
+        // SAFETY: the structure is as many words and has no padding.
+        unsafe { std::slice::from_raw_parts((&raw const self.registers).cast::<u64>(), REGISTER_WORDS) }.to_vec()
+    }
+
+    /// A thread whose registers are these words; `None` for another count.
+    pub fn from_words(tid: i32, mask: u64, words: &[u64]) -> Option<Held> {
+        let words: [u64; REGISTER_WORDS] = words.try_into().ok()?;
+        // SAFETY: the structure is as many words, and any words are registers.
+        let registers = unsafe { std::mem::transmute::<[u64; REGISTER_WORDS], Registers>(words) };
+        Some(Held { tid, mask, registers })
+    }
+}
+
 /// Memory shared by the tracer and one target, with the loop in it.
 #[derive(Debug)]
 pub struct Arena {
@@ -176,9 +192,7 @@ impl Arena {
         let word = |i: u64| self.word(at + 8 * i);
         word(0).store(0, Ordering::Release);
         word(1).store(held.mask, Ordering::Relaxed);
-        // SAFETY: the structure is as many words and has no padding.
-        let words = unsafe { std::slice::from_raw_parts((&raw const held.registers).cast::<u64>(), REGISTER_WORDS) };
-        for (i, value) in words.iter().enumerate() {
+        for (i, value) in held.words().iter().enumerate() {
             word(2 + i as u64).store(*value, Ordering::Relaxed);
         }
         word(0).store(held.tid as u64, Ordering::Release);
@@ -206,12 +220,7 @@ impl Arena {
             }
             let mut words = [0u64; REGISTER_WORDS];
             words.iter_mut().zip(2..).for_each(|(to, i)| *to = word(i));
-            all.push(Held {
-                tid: word(0) as i32,
-                mask: word(1),
-                // SAFETY: the structure is as many words, and any words are registers.
-                registers: unsafe { std::mem::transmute::<[u64; REGISTER_WORDS], Registers>(words) },
-            });
+            all.extend(Held::from_words(word(0) as i32, word(1), &words));
         }
         all
     }

@@ -403,6 +403,14 @@ impl Frozen {
         };
         threads[1..].iter().try_for_each(put_back)?;
         leader.set_signal_mask(SCRIPT_MASK)?;
+        if let (Some(refuge), Some(first)) = (source.refuge, threads.first()) {
+            let held = Held {
+                tid: source.host,
+                mask: first.mask,
+                registers: first.registers,
+            };
+            refuge.enter(&leader, source.host, &held)?;
+        }
         let leader = trap.put_back(leader, &source.foothold, &source.plan.image.signals.actions)?;
         source.foothold.uproot(leader)?;
         threads[..1].iter().try_for_each(put_back)?;

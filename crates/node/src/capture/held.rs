@@ -10,6 +10,7 @@ use dunlin_proto::ids::Pid;
 use dunlin_sys::foothold::Foothold;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::{Options, Running, Stopped, TraceError};
+use dunlin_sys::refuge::Refuge;
 use dunlin_sys::script::{Held, NOTE_WORDS};
 use std::time::{Duration, Instant};
 
@@ -80,10 +81,27 @@ impl Abandoned {
         let leader = Stopped::assume(self.host);
         let now = leader.registers()?;
         leader.set_signal_mask(SCRIPT_MASK)?;
+        if let Some(refuge) = Refuge::find(self.host, self.foothold.syscall_at)? {
+            let (registers, mask) = match before {
+                Some(before) if is_inside => (before.registers, before.mask),
+                Some(before) => (now, before.mask),
+                None => (now, mask),
+            };
+            let held = Held {
+                tid: self.host,
+                mask,
+                registers,
+            };
+            refuge.enter(&leader, self.host, &held)?;
+        }
         let leader = note.trap.put_back(leader, &self.foothold, &note.actions())?;
         let leader = self.foothold.uproot(leader)?;
         match before {
-            Some(before) => put_back(&leader, before, is_inside)?,
+            Some(before) if is_inside => put_back(&leader, before, true)?,
+            Some(before) => {
+                leader.set_registers(&super::made_again(&now).unwrap_or(now))?;
+                leader.set_signal_mask(before.mask)?;
+            }
             None => {
                 leader.set_registers(&super::made_again(&now).unwrap_or(now))?;
                 leader.set_signal_mask(mask)?;
@@ -119,6 +137,37 @@ impl Abandoned {
         }
         leave_image(self.foothold, self.host, threads, pending)
     }
+}
+
+/// Puts a thread back that has come to a refuge, as it spins: the daemon died in a call that it made it do.
+pub fn fetch_from_refuge(host: i32) -> Result<bool, CaptureError> {
+    if !ProcDir::process(host)
+        .text("syscall")
+        .is_ok_and(|text| text.starts_with("running"))
+    {
+        return Ok(false);
+    }
+    // The dead daemon's thread lets go of it last of all.
+    const LETS_GO_WITHIN: Duration = Duration::from_millis(200);
+    let deadline = Instant::now() + LETS_GO_WITHIN;
+    let running = loop {
+        match Running::seize(host, Options::default()) {
+            Err(TraceError::Refused { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            // Somebody else's: a debugger's.
+            Err(TraceError::Refused { .. }) => return Ok(false),
+            other => break other?,
+        }
+    };
+    let (thread, _) = running.stop(Instant::now() + PATIENCE)?;
+    let escaped = Refuge::escaped(&thread, host)?;
+    if let Some(held) = &escaped {
+        thread.set_signal_mask(held.mask)?;
+        thread.set_registers(&held.registers)?;
+    }
+    thread.detach(0)?;
+    Ok(escaped.is_some())
 }
 
 fn put_back(thread: &Stopped, before: &Held, is_inside: bool) -> Result<(), CaptureError> {

@@ -10,7 +10,7 @@ use super::incoming::elsewhere;
 use super::second_hand::{self, SecondHand};
 use super::{Mover, lock, outgoing};
 use crate::capture::CaptureError;
-use crate::capture::held::{Abandoned, stop_all};
+use crate::capture::held::{Abandoned, fetch_from_refuge, stop_all};
 use crate::nest::Nest;
 use crate::page_server::NewImage;
 use crate::pager::{Journal, SpaceHandle, Survivor, Withdrawn};
@@ -296,7 +296,14 @@ impl Mover {
             }
         };
         for (host, pid) in self.neighbours() {
-            if told_of.contains(&pid) || self.hidden.kind(pid).is_some() {
+            if self.hidden.kind(pid).is_some() {
+                continue;
+            }
+            match fetch_from_refuge(host) {
+                Ok(_) | Err(CaptureError::Gone) => {}
+                Err(error) => tracing::warn!(%pid, %error, "whether it spins for the last daemon is not known"),
+            }
+            if told_of.contains(&pid) {
                 continue;
             }
             let Some(abandoned) = found(pid, host) else { continue };
