@@ -134,7 +134,7 @@ const TICK: Duration = Duration::from_millis(100);
 const SWEEP_TICKS: u32 = 10;
 
 impl Mover {
-    /// A mover, with its thread that repeats what was not answered.
+    /// A mover, which says and does nothing before it has [recovered](Mover::recover).
     pub fn start(parts: Parts) -> io::Result<Arc<Mover>> {
         let Parts {
             config,
@@ -173,7 +173,12 @@ impl Mover {
             streams,
             installer,
         });
-        let weak = Arc::downgrade(&mover);
+        Ok(mover)
+    }
+
+    /// Begins to speak: all records of the last daemon are taken up, and what it was told is for moves that are known.
+    fn begin(&self) -> io::Result<()> {
+        let weak = self.me.clone();
         std::thread::Builder::new().name("mover-tick".into()).spawn(move || {
             let mut ticks = 0u32;
             while let Some(mover) = weak.upgrade() {
@@ -186,8 +191,9 @@ impl Mover {
                 std::thread::sleep(TICK);
             }
         })?;
-        mover.run_decisions();
-        Ok(mover)
+        self.run_decisions();
+        self.run_outbox();
+        Ok(())
     }
 
     /// Looks at a notification of the nest; false if it is not the mover's.

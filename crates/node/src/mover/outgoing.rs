@@ -830,6 +830,7 @@ impl<'a> Outgoing<'a> {
         let mover = self.mover.clone();
         let (id, destination) = (self.plan.move_id, self.plan.destination);
         Box::new(move |_| {
+            mover.image_is_unused(id, pid);
             mover.to_source(id, SourceEvent::Drained(destination, pid));
         })
     }
@@ -944,6 +945,7 @@ impl<'a> Outgoing<'a> {
                 pid,
                 keeper,
                 regions: self.regions.remove(&pid).unwrap_or_default(),
+                unused: false,
             });
         }
     }

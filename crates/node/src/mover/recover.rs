@@ -57,6 +57,8 @@ pub(super) struct ImageRecord {
     pub(super) pid: Pid,
     pub(super) keeper: Pid,
     pub(super) regions: Vec<(u64, u64)>,
+    /// All who needed it have said that they do not any more.
+    pub(super) unused: bool,
 }
 
 /// What a destination must know after a restart: the protocol's part, and what it had rebuilt.
@@ -118,6 +120,19 @@ impl Mover {
         self.log("keeping an image's record", self.nest.store(&label, &[], blob));
     }
 
+    /// Everybody has released it; they hear that they have when this is written down, and do not come again.
+    pub(super) fn image_is_unused(&self, by: MoveId, pid: Pid) {
+        let label = format!("{IMAGE}{by}/{pid}");
+        let noted = self.nest.fetch(&label).and_then(|kept| {
+            let Some((_, blob)) = kept else { return Ok(()) };
+            let mut record: ImageRecord = postcard::from_bytes(&blob).map_err(io::Error::other)?;
+            record.unused = true;
+            let blob = postcard::to_stdvec(&record).map_err(io::Error::other)?;
+            self.nest.store(&label, &[], blob)
+        });
+        self.log("noting that an image is not needed", noted);
+    }
+
     /// Nobody needs it any more.
     pub(super) fn drop_image_record(&self, by: MoveId, pid: Pid) {
         let dropped = self.nest.drop_label(&format!("{IMAGE}{by}/{pid}"));
@@ -175,7 +190,7 @@ impl Mover {
         }
         // They run elsewhere: who holds their pages must hear that nobody here needs them.
         withdrawn.into_values().for_each(|space| self.hand_over(space));
-        Ok(())
+        self.begin()
     }
 
     /// Serves the spaces again that the last daemon served. Those whose processes do not run here (any more) come back
@@ -445,6 +460,10 @@ impl Mover {
         for (image, keeper) in &images {
             let open = |name: &str| File::open(ProcDir::process(*keeper).path(name));
             let (mover, pid, destination) = (self.arc(), image.pid, record.plan.destination);
+            if image.unused {
+                self.to_source(id, SourceEvent::Drained(destination, pid));
+                continue;
+            }
             self.images.register(NewImage {
                 id: image.id,
                 mem: open("mem")?,
@@ -452,6 +471,7 @@ impl Mover {
                 keeper: Some(*keeper),
                 regions: image.regions.clone(),
                 on_unused: Box::new(move |_| {
+                    mover.image_is_unused(id, pid);
                     mover.to_source(id, SourceEvent::Drained(destination, pid));
                 }),
             });
