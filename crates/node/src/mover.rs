@@ -105,6 +105,8 @@ pub struct Mover {
     destinations: Mutex<BTreeMap<MoveId, Sender<Word>>>,
     /// Processes that a move of this node covers.
     busy: Mutex<BTreeMap<Pid, MoveId>>,
+    /// Processes that have ended elsewhere before their surrogates stood here.
+    ends: Mutex<BTreeMap<Pid, ExitStatus>>,
     started: Instant,
     me: Weak<Mover>,
 }
@@ -162,6 +164,7 @@ impl Mover {
             sources: Mutex::default(),
             destinations: Mutex::default(),
             busy: Mutex::default(),
+            ends: Mutex::default(),
             started: Instant::now(),
             me: me.clone(),
             config,
@@ -344,6 +347,7 @@ impl Mover {
             HiddenKind::Leaving => left.exit().map_err(io::Error::other)?,
             _ => self.entries.stay(left, pid, host, comm.trim_ascii_end())?,
         }
+        self.end_if_ended(pid);
         Ok((number, keeper))
     }
 

@@ -837,6 +837,9 @@ impl<'a> Outgoing<'a> {
 
     fn thaw(&mut self) {
         self.tight = false;
+        for (pid, _) in &self.party {
+            lock(&self.mover.ends).remove(pid);
+        }
         for image in self.images.values() {
             self.mover.images.remove(*image);
         }

@@ -167,8 +167,9 @@ impl Mover {
             .flat_map(|source| source.left.iter().map(|left| left.pid))
             .chain(destinations.iter().flat_map(|d| d.record.members.iter().map(|m| m.pid)))
             .collect();
-        self.free_the_abandoned(&held);
         let mut withdrawn = self.take_up_spaces(&labels, &undecided)?;
+        // Now that pages come, which this may need.
+        self.free_the_abandoned(&held);
         drop(quiet);
         // What became of a copy that this node was to run is told by its move.
         ended.retain(|pid| {
@@ -326,7 +327,13 @@ impl Mover {
             if found(Pid(0), parent).is_some_and(|parents| parents.arena() == abandoned.arena()) {
                 self.hidden.insert(pid, HiddenKind::Keeper);
             } else if abandoned.is_blank() {
-                self.stand_for(pid, host, b"dunlin-relative");
+                // It needs the nest's events, which nobody takes yet.
+                self.hidden.insert(pid, HiddenKind::Blank);
+                let mover = self.arc();
+                let work = move || mover.stand_for(pid, host, b"dunlin-relative");
+                if let Err(error) = std::thread::Builder::new().name("stand again".into()).spawn(work) {
+                    tracing::error!(%pid, %error, "what was to become a process waits where it is");
+                }
             } else {
                 self.let_run_on(pid, host, None);
             }
@@ -341,7 +348,7 @@ impl Mover {
         } else {
             HiddenKind::Relative
         };
-        self.hidden.insert(pid, kind);
+        self.hidden.insert(pid, HiddenKind::Blank);
         let stop = || -> Result<(), CaptureError> {
             for thread in stop_all(host)? {
                 // They end with the exec, which waits for those that are traced.
@@ -354,6 +361,7 @@ impl Mover {
         let done = stop()
             .map_err(io::Error::other)
             .and_then(|()| self.entries.stand_again(pid, host, comm));
+        self.hidden.insert(pid, kind);
         self.log("making a surrogate stand again", done);
     }
 
@@ -455,6 +463,14 @@ impl Mover {
     ) -> io::Result<()> {
         let record = &source.record;
         let id = record.plan.move_id;
+        if let SourceStage::Image { members, .. } = &record.stage {
+            for pid in members.iter().map(|member| member.pid) {
+                // Its keeper still holds the number, as that of a group.
+                if self.hidden.kind(pid).is_none() && self.nest.pidfd(pid)?.is_none() {
+                    self.hidden.insert(pid, HiddenKind::Leaving);
+                }
+            }
+        }
         let (sender, words) = channel();
         lock(&self.sources).insert(id, sender);
         for (image, keeper) in &images {
