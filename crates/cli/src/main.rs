@@ -13,6 +13,7 @@ mod output;
 mod processes;
 mod progress;
 mod relay;
+mod roles;
 mod run;
 mod signals;
 mod terminal;
@@ -105,14 +106,7 @@ enum Command {
     /// Can this machine be a node? Tries every kernel interface that dunlin stands on
     Doctor(doctor::DoctorArgs),
     /// Be a node: run its daemon until SIGTERM; the programs of its nest go on without it
-    Node {
-        /// The node's configuration (TOML)
-        #[arg(long, value_name = "FILE")]
-        config: std::path::PathBuf,
-        /// The lab's cgroup: so that `lab down` knows its daemons
-        #[arg(long, hide = true)]
-        lab_group: Option<std::path::PathBuf>,
-    },
+    Node(roles::NodeArgs),
     /// Make, take down and look at a whole cluster on this machine
     Lab(lab::LabArgs),
     /// Print the version
@@ -210,17 +204,10 @@ fn dispatch(cli: Cli) -> exit::Outcome {
         Command::Wait { pid } => run::wait(pid, whom),
         Command::Logs { pid, follow } => run::logs(pid, follow, whom),
         Command::Doctor(args) => doctor::main(args),
-        Command::Node { config, .. } => node(&config),
+        Command::Node(args) => roles::node(args),
         Command::Lab(args) => lab::main(args, whom),
         Command::Version => exit::print(&format!("dunlin {}\n", env!("CARGO_PKG_VERSION"))),
     }
-}
-
-fn node(config: &std::path::Path) -> exit::Outcome {
-    let config =
-        dunlin_node::config::NodeConfig::load(config).map_err(|e| exit::Failed::new(exit::USAGE, e.to_string()))?;
-    dunlin_node::daemon::run(config).map_err(|e| exit::Failed::new(1, e.to_string()))?;
-    exit::print("")
 }
 
 #[cfg(test)]

@@ -36,12 +36,15 @@ pub fn node(args: NodeArgs) -> Outcome {
 
 fn start_log() {
     let filter = EnvFilter::try_from_env("DUNLIN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    // The only subscriber of the process; a second one cannot come.
-    let _ = tracing_subscriber::fmt()
+    let started = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)
         .with_writer(std::io::stderr)
         .try_init();
+    if let Err(error) = started {
+        eprintln!("dunlin: there will be no log: {error}");
+    }
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "started");
 }
 
 /// An error and what it came from, unless the error says so itself.

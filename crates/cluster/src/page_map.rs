@@ -381,6 +381,14 @@ impl PageMap {
         self.away.is_empty()
     }
 
+    /// What is elsewhere: start and number of pages, in no particular order.
+    pub fn runs_away(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.regions.iter().flat_map(|(start, region)| {
+            let runs = region.layers.iter().flat_map(|layer| layer.away.runs());
+            runs.map(move |(first, pages)| (start + first * PAGE, pages))
+        })
+    }
+
     /// The registered regions: start and number of pages, ascending.
     pub fn regions(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         self.regions.iter().map(|(start, region)| (*start, region.pages))

@@ -125,6 +125,35 @@ fn a_parent_stops_continues_and_ends_its_child_elsewhere() {
 }
 
 #[test]
+fn what_a_parent_did_to_its_child_elsewhere_last_is_what_holds() {
+    let mut family = Family::start("last-holds");
+    let pid = family.child.pid;
+    family.lab.move_process(pid, "n2");
+    // Faster than surrogates are looked at, and than what the child does there is told here.
+    let again = |ms: usize| {
+        format!(
+            "(os.kill({pid}, 18), os.waitpid({pid}, os.WCONTINUED)[1], time.sleep({ms} / 1000), \
+             os.kill({pid}, 19), os.waitpid({pid}, os.WUNTRACED)[1])[1::3] == (0xffff, 0x137f)"
+        )
+    };
+    let more = format!("os.waitpid({pid}, os.WUNTRACED | os.WCONTINUED | os.WNOHANG)");
+    for ms in [0, 1, 2, 4, 8, 16] {
+        family.parent.ask(&format!("os.kill({pid}, signal.SIGSTOP)"));
+        assert_eq!(family.waited("os.WUNTRACED"), "[True, ('stopped', 19)]");
+        for _ in 0..3 {
+            family.state_of_child('T');
+            assert_eq!(family.parent.ask(&again(ms)), "True");
+        }
+        family.state_of_child('T');
+        assert_eq!(family.parent.ask(&more), "(0, 0)", "while it is stopped");
+        family.parent.ask(&format!("os.kill({pid}, signal.SIGCONT)"));
+        assert_eq!(family.waited("os.WCONTINUED"), "[True, ('continued',)]");
+        assert_eq!(family.child.ask("1 + 1"), "2");
+        assert_eq!(family.parent.ask(&more), "(0, 0)", "while it runs");
+    }
+}
+
+#[test]
 fn signals_of_the_command_line_reach_a_child_elsewhere_and_its_parent_sees_it() {
     let mut family = Family::start("dunlin-kill");
     let pid = family.child.pid;

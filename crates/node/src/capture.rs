@@ -6,6 +6,7 @@
 //! program runs on, or is stopped with all it needs to run on in the returned value; nothing in the freeze touches all
 //! pages.
 
+mod ahead;
 mod descriptors;
 pub mod freeze;
 pub mod held;
@@ -16,6 +17,7 @@ mod surroundings;
 mod threads;
 mod trap;
 
+pub use ahead::{Run, demanded};
 pub use descriptors::Met;
 pub use sleep::{made_again, monotonic_ns, remember};
 pub use surroundings::Surroundings;
@@ -40,6 +42,7 @@ use dunlin_sys::procfs::status::Status;
 use dunlin_sys::ptrace::{Options, Registers, Running, Stop, Stopped, TraceError};
 use dunlin_sys::refuge::Refuge;
 use dunlin_sys::script::{Held, Script, ScriptError};
+use dunlin_sys::uffd::Uffd;
 use questions::{ProcessAnswers, ProcessQuestions};
 use sleep::Sleeps;
 use std::collections::BTreeMap;
@@ -143,6 +146,7 @@ pub struct Source {
     sleeps: Sleeps,
     nest_filters: usize,
     refuge: Option<Refuge>,
+    writes: ahead::Writes,
 }
 
 /// What was seen of a process while it ran.
@@ -169,13 +173,15 @@ impl Source {
     /// Gains a foothold in a running process and reads everything that the destination needs to prepare.
     ///
     /// `lineage` is what the caller's process table knows; `nest_filters` how many seccomp filters every process of
-    /// the nest has; `met` the open file descriptions met in other processes of the same move.
+    /// the nest has; `met` the open file descriptions met in other processes of the same move. With `watch`, its writes
+    /// can be [tracked](Source::watch_writes) until it is frozen.
     pub fn prepare(
         host: i32,
         lineage: Lineage,
         nest_filters: usize,
         around: &Surroundings<'_>,
         met: &mut Vec<Met>,
+        watch: bool,
     ) -> Result<Source, CaptureError> {
         let dir = ProcDir::process(host);
         let pid = lineage.pid;
@@ -202,7 +208,8 @@ impl Source {
                 mask,
                 registers: restore,
             };
-            first_stop(thread, &held, refuge, &timers, trap)
+            let watch = watch && filters.as_ref().is_ok_and(Vec::is_empty);
+            first_stop(thread, &held, refuge, &timers, trap, watch)
         });
         // Whatever came of it, the program must run on as it was.
         let thread = Stopped::assume(host);
@@ -210,7 +217,7 @@ impl Source {
             .set_signal_mask(mask)
             .and_then(|()| thread.set_registers(&restore))
             .and_then(|()| thread.detach(0));
-        let (foothold, answers) = asked?;
+        let (foothold, answers, watched) = asked?;
         undone?;
         foothold.arena.release();
         let seccomp = filters?;
@@ -272,6 +279,7 @@ impl Source {
             sleeps,
             nest_filters,
             refuge,
+            writes: watched.map_or(ahead::Writes::Unwatched, ahead::Writes::Watchable),
         };
         source.plan.image.threads = source.tids.values().copied().map(placeholder).collect();
         source.plan.image.threads.sort_by_key(|t| (t.tid != pid, t.tid));
@@ -419,7 +427,8 @@ fn first_stop(
     refuge: Option<Refuge>,
     timers: &[dunlin_sys::procfs::fdinfo::PosixTimer],
     trap: Trap,
-) -> Result<(Foothold, ProcessAnswers), CaptureError> {
+    watch: bool,
+) -> Result<(Foothold, ProcessAnswers, Option<Uffd>), CaptureError> {
     let host = held.tid;
     if let Some(refuge) = refuge {
         refuge.enter(&thread, host, held)?;
@@ -432,8 +441,14 @@ fn first_stop(
     let (thread, answers) = script.run(thread)?;
     let mut answers = questions.read(&answers);
     trap.correct(&mut answers.signals.actions);
+    let (thread, watched) = if watch {
+        let (thread, uffd) = ahead::userfaultfd_of(thread, host, &foothold)?;
+        (thread, Some(uffd))
+    } else {
+        (thread, None)
+    };
     trap.put_back(thread, &foothold, &answers.signals.actions)?;
-    Ok((foothold, answers))
+    Ok((foothold, answers, watched))
 }
 
 /// Takes the foothold out of a running process and hands the reason back.

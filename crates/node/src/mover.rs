@@ -6,6 +6,7 @@
 //! decisions ([`decisions`]) are made where a word arrives. Invariant: whether a copy may run is said by
 //! `dunlin_cluster::relocation` alone.
 
+mod ahead;
 mod arrivals;
 mod attempts;
 mod decisions;
@@ -32,6 +33,7 @@ use crate::pager::Pager;
 use crate::peers::Peers;
 use crate::processes::exits::Exits;
 use crate::processes::{Hidden, HiddenKind, Residents};
+use crate::signals::orders::Orders;
 use arrivals::Arrivals;
 use dunlin_cluster::relocation::destination::DestinationEvent;
 use dunlin_cluster::relocation::home::{Home, HomeEvent};
@@ -95,9 +97,12 @@ pub struct Mover {
     pub pager: Pager,
     /// The surrogates of its nest.
     pub entries: Entries,
+    /// Which orders its processes have obeyed.
+    pub orders: Orders,
     streams: Arc<dyn Streams>,
     installer: Arc<Installer>,
     arrivals: Arrivals,
+    ahead: ahead::Ahead,
     links: Links,
     home: Mutex<Home>,
     outbox: Mutex<Outbox>,
@@ -157,7 +162,9 @@ impl Mover {
             entries: Entries::new(nest.clone(), hidden.clone(), installer.clone()),
             images: ImageStore::new(),
             pager: Pager::new(),
+            orders: Orders::default(),
             arrivals: Arrivals::default(),
+            ahead: ahead::Ahead::default(),
             links: Links::new(peers.clone()),
             home: Mutex::new(Home::restore(Duration::ZERO, modulus, here, ledger)),
             outbox: Mutex::new(Outbox::restore(Duration::ZERO, notices)),
@@ -322,7 +329,7 @@ impl Mover {
     /// of the process a surrogate where somebody here still needs its number (who does not leave with it).
     fn leave_behind(
         &self,
-        (pid, host): (Pid, i32),
+        (pid, host, stopped): (Pid, i32, bool),
         into_image: impl FnOnce() -> Result<LeftBehind, CaptureError>,
         leaving: &[i32],
         remember: impl FnOnce(Pid),
@@ -343,6 +350,7 @@ impl Mover {
             HiddenKind::Leaving
         };
         self.hidden.insert(pid, kind);
+        self.hidden.is_stopped(pid, stopped);
         match kind {
             HiddenKind::Leaving => left.exit().map_err(io::Error::other)?,
             _ => self.entries.stay(left, pid, host, comm.trim_ascii_end())?,

@@ -16,6 +16,7 @@ pub mod wire;
 use crate::config::NodeConfig;
 use connection::Connection;
 use dunlin_proto::ids::Pid;
+use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::seccomp::Listener;
 use rustix::io::Errno;
 use std::io;
@@ -277,7 +278,8 @@ impl Nest {
     pub fn host_pid(&self, pid: Pid) -> io::Result<Option<i32>> {
         let reply = self.0.connection.ask(Request::HostPid(pid), &[])?;
         match reply.answer {
-            Answer::Done => Ok(reply.pid),
+            // A number that is a group's or session's still, but no task's any more, is told, too.
+            Answer::Done => Ok(reply.pid.filter(|host| ProcDir::process(*host).path("stat").exists())),
             Answer::Absent => Ok(None),
             other => Err(unexpected(other)),
         }

@@ -122,6 +122,15 @@ impl ImageStore {
         }
     }
 
+    /// From now on this of the image may be read: it was served while its process ran, which has changed its mappings
+    /// since. False if it is not there.
+    pub fn set_regions(&self, id: ImageId, regions: Vec<(u64, u64)>) -> bool {
+        let image = self.lock().get(&id).map(|held| held.image.clone());
+        let known = image.is_some();
+        image.iter().for_each(|image| image.set_regions(regions.clone()));
+        known
+    }
+
     /// Forgets an image without calling back, whoever claims it: its process runs here again, or the move was aborted.
     /// Connections that use it keep its files open until they end. Returns whether there was one.
     pub fn remove(&self, id: ImageId) -> bool {

@@ -12,6 +12,7 @@ mod family;
 mod journal;
 mod lane;
 mod link;
+mod pace;
 mod space;
 mod stats;
 mod store;
@@ -27,6 +28,7 @@ pub use journal::{Journal, JournalError, Told};
 use rustix::fd::BorrowedFd;
 use stats::Shared;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::io;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -108,6 +110,10 @@ pub struct NewSpace {
     pub claims: Option<Claims>,
     /// Begun with this map, if somebody keeps it beyond this daemon's life; without, it dies with the daemon.
     pub journal: Option<Journal>,
+    /// The program does not run yet, and its source still does: the memory (`/proc/PID/mem`, to be written). Such a
+    /// space is not finished when it is drained but stays until it is withdrawn, its pages can be [called
+    /// back](SpaceHandle::recall), and one that comes again overwrites what is there.
+    pub ahead: Option<File>,
 }
 
 /// A space that a former daemon served, with what its journal told.
@@ -299,6 +305,20 @@ impl SpaceHandle {
                 (status.attached || status.finished.is_some()).then_some(())
             })
             .is_some()
+    }
+
+    /// Of a space [ahead](NewSpace::ahead) of its program: these pages of an image (first address, number of pages) were
+    /// written at their source since they were fetched, and have to come again. False, and nothing has changed, while
+    /// others are still to come: an answer that is on its way must not be taken for the new content.
+    pub fn recall(&self, image: ImageId, ranges: Vec<(u64, u64)>) -> bool {
+        let (send, receive) = channel();
+        self.family.send(Command::Recall {
+            space: self.id(),
+            image,
+            ranges,
+            answer: send,
+        });
+        receive.recv().unwrap_or(false)
     }
 
     /// Gives the space back, exactly as it is: nothing is installed after this returns. All its threads must be

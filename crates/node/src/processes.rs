@@ -9,7 +9,7 @@ pub mod exits;
 mod parse;
 mod registry;
 
-pub use registry::{Echo, Hidden, HiddenKind, Resident, Residents};
+pub use registry::{Hidden, HiddenKind, JobControl, Resident, Residents};
 
 use crate::config::NodeConfig;
 use dunlin_proto::control::ProcessRow;

@@ -17,6 +17,7 @@ mod threads;
 mod traits;
 
 pub use blank::{Blank, Resumed};
+pub use mappings::Remade;
 
 use crate::capture::space;
 use crate::files::{Use, open_same};

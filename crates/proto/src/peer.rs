@@ -9,7 +9,7 @@
 //! users of its own control socket, and about nothing else.
 
 use crate::control::{ExitStatus, Failure, NodeStatus, ProcessRow};
-use crate::ids::{ImageId, Pid, RunId, Slot};
+use crate::ids::{ImageId, MoveId, Pid, RunId, Slot};
 use crate::stream::{StreamOpen, TtyState};
 use serde::{Deserialize, Serialize};
 
@@ -99,7 +99,7 @@ pub enum PeerRequest {
         /// The process.
         pid: Pid,
     },
-    /// To the node where a process is: send it a signal (`Done`, `NotHere`, `Failed`).
+    /// To the node where a process is: send it a signal (`Done`, `NotHere`, `Failed`; `NotYet` while it is being moved).
     Signal {
         /// The process.
         pid: Pid,
@@ -109,6 +109,9 @@ pub enum PeerRequest {
         siginfo: Option<Vec<u8>>,
         /// Who sends it.
         by: Caller,
+        /// Of a stop or continuation that a surrogate of the calling node passes on: its number, rising. Obeyed once,
+        /// and not after a later one.
+        order: Option<u64>,
     },
     /// To the node where a process is: wait for a bounded while for its end (`Exited`, `NotYet`, `NotHere`, `Failed`).
     Wait {
@@ -123,6 +126,8 @@ pub enum PeerRequest {
         child: Pid,
         /// What has become of it.
         change: Change,
+        /// The last order of the called node that it had obeyed by then; 0: none.
+        after: u64,
     },
     /// To the origin of a run: this process of it has come to the calling node. If it is the top process, the input goes
     /// there from now on (`Done`); `NotYet`: what it has not read elsewhere must come back first.
@@ -149,6 +154,24 @@ pub enum PeerRequest {
     Examine {
         /// The plans.
         plans: Vec<u8>,
+    },
+    /// To the destination of a move that is being prepared: how far the memory of a process has come that is sent ahead
+    /// of its freeze (`Ahead`; `NotHere` if none is).
+    Ahead {
+        /// The move.
+        by: MoveId,
+        /// The process.
+        pid: Pid,
+    },
+    /// To the same: these pages (first address, number of pages) were written since they came and have to come again
+    /// (`Done`; `NotYet` while others are still to come; `NotHere`).
+    Recall {
+        /// The move.
+        by: MoveId,
+        /// The process.
+        pid: Pid,
+        /// Which.
+        ranges: Vec<(u64, u64)>,
     },
     /// What CLOCK_MONOTONIC and CLOCK_BOOTTIME of the called node are, outside its nest (`Clocks`).
     Clocks,
@@ -189,6 +212,11 @@ pub enum PeerReply {
     NotHere,
     /// To `Drain`; `None` for a process that did not come by a move.
     Drain(Option<Drain>),
+    /// To `Ahead`: how many pages are still to come.
+    Ahead {
+        /// So many.
+        pages_left: u64,
+    },
     /// To `Examine`.
     Obstacles(Vec<crate::control::Obstacle>),
     /// To `Clocks`, nanoseconds.

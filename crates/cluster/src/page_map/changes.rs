@@ -1,5 +1,6 @@
 //! How a page map changes: pages arrive or turn out to be zeros, mappings go and move.
 
+use super::bits::Bits;
 use super::{Layer, PAGE, PageMap, Region, add, subtract};
 use dunlin_proto::ids::ImageId;
 
@@ -46,6 +47,51 @@ impl PageMap {
             let first = from.saturating_sub(source) / PAGE;
             self.clear(region, first, (to - source).div_ceil(PAGE), Some(image));
         }
+    }
+
+    /// What is here of a range was copied from `image` before it was written there, from the same addresses: it is
+    /// elsewhere again, and has not been asked for. Pages that another image holds, or that are in no region, stay as
+    /// they are.
+    pub fn recall(&mut self, start: u64, pages: u64, image: ImageId) {
+        self.images.insert(image);
+        let end = start.saturating_add(pages.saturating_mul(PAGE));
+        let mut starts: Vec<u64> = self.regions.range(start..end).map(|(s, _)| *s).collect();
+        starts.extend(self.region_of(start).map(|(s, _)| s).filter(|s| *s < start));
+        for at in starts {
+            let region = self.regions.get_mut(&at).expect("it was found");
+            let from = start.saturating_sub(at) / PAGE;
+            let to = ((end - at) / PAGE).min(region.pages);
+            let mut back = Bits::empty(region.pages);
+            back.set_range(from, to);
+            for layer in region.layers.iter().filter(|l| l.image != image) {
+                for (first, many) in layer.away.runs() {
+                    back.clear_range(first, first + many);
+                }
+            }
+            if back.count() == 0 {
+                continue;
+            }
+            if !region.layers.iter().any(|l| l.image == image) {
+                let pages = region.pages;
+                region.layers.push(Layer {
+                    image,
+                    source: at,
+                    away: Bits::empty(pages),
+                    asked: Bits::empty(pages),
+                });
+                self.by_source.insert((image, at), at);
+            }
+            let layer = region
+                .layers
+                .iter_mut()
+                .find(|l| l.image == image)
+                .expect("it is there");
+            for (first, many) in back.runs() {
+                add(&mut self.away, image, layer.away.set_range(first, first + many));
+                subtract(&mut self.asked, image, layer.asked.clear_range(first, first + many));
+            }
+        }
+        self.order.regions_changed();
     }
 
     /// munmap: the range is no longer ours.

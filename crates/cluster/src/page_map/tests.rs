@@ -275,3 +275,46 @@ fn what_contradicts_itself_is_refused() {
     wire.regions[0].layers[0].away = AwayImage::Runs(vec![(7, u64::MAX)]);
     assert!(PageMap::from_image(&wire).is_err());
 }
+
+#[test]
+fn what_is_recalled_is_elsewhere_again() {
+    let (first, second) = (image(1), image(2));
+    let mut map = PageMap::new();
+    map.add_region(0, 100).unwrap();
+    map.add_region(200 * PAGE, 10).unwrap();
+    map.back_with(40 * PAGE, 10, second, 1000 * PAGE).unwrap();
+    map.settle(0, 100);
+    map.back_with(40 * PAGE, 10, second, 1000 * PAGE).unwrap();
+    // In no layer now: 0..40, 50..100 and all of the other region. The map is cut at 40 and 50.
+    map.recall(30 * PAGE, 175, first);
+    assert_eq!(map.per_image(), &BTreeMap::from([(first, 10 + 50 + 5), (second, 10)]));
+    let away = |map: &PageMap, page: u64| match map.lookup(page * PAGE) {
+        Place::NotAway => None,
+        Place::Away { image, source, asked } => Some((image, source / PAGE, asked)),
+    };
+    assert_eq!(away(&map, 29), None);
+    assert_eq!(away(&map, 30), Some((first, 30, false)));
+    assert_eq!(
+        away(&map, 45),
+        Some((second, 1005, false)),
+        "another image's page stays with it"
+    );
+    assert_eq!(away(&map, 99), Some((first, 99, false)));
+    assert_eq!(away(&map, 204), Some((first, 204, false)));
+    assert_eq!(away(&map, 205), None);
+    let want = Want {
+        image: first,
+        source: 50 * PAGE,
+        pages: 0b1111,
+    };
+    map.set_asked(want, true);
+    map.recall(51 * PAGE, 1, first);
+    assert_eq!(away(&map, 50), Some((first, 50, true)));
+    assert_eq!(away(&map, 51), Some((first, 51, false)), "to be asked for anew");
+    map.settle(0, 300);
+    assert!(map.is_drained());
+    assert!(map.images().eq([first, second]));
+    map.recall(52 * PAGE, 2, first);
+    map.recall(201 * PAGE, 1, first);
+    assert!(map.runs_away().eq([(52 * PAGE, 2), (201 * PAGE, 1)]));
+}

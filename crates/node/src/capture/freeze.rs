@@ -451,6 +451,11 @@ impl Frozen {
         self.source.memory()
     }
 
+    /// Is it stopped by a signal, apart from this?
+    pub fn is_stopped(&self) -> bool {
+        self.stopped_by.is_some()
+    }
+
     /// The threads' numbers.
     pub fn tids(&self) -> Vec<Pid> {
         self.threads.iter().map(|t| t.tid).collect()

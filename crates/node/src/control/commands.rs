@@ -6,7 +6,7 @@
 use crate::daemon::moving::{self, Tell};
 use crate::daemon::node::{Node, Place, failure, nest_failure, no_process, unexpected, unreachable};
 use crate::processes::exits::Seen;
-use crate::signals;
+use crate::signals::{self, Sent};
 use dunlin_proto::control::{ExitStatus, Failure, FailureKind, Reply, Request};
 use dunlin_proto::frame;
 use dunlin_proto::ids::{Pid, Slot};
@@ -42,7 +42,7 @@ pub fn local(node: &Arc<Node>, caller: Caller, request: &Request, stream: &UnixS
             .map(|(rows, silent)| Reply::Processes { rows, silent })
             .map_err(nest_failure),
         Request::Status => node.status(true).map(Reply::Status).map_err(nest_failure),
-        Request::Kill { pid, signal } => signals::send(node, *pid, *signal, None, caller).map(|()| Reply::Done),
+        Request::Kill { pid, signal } => signals::send(node, *pid, Sent::bare(*signal, caller)).map(|()| Reply::Done),
         Request::Wait { pid } => wait(node, *pid, caller, stream).map(Reply::Exited),
         Request::Logs { pid, follow } => match node.modulus.home(*pid) {
             Some(home) if home != node.slot => pass_on(node, home, caller, request, tell),

@@ -9,7 +9,7 @@ use crate::daemon::events::run_ended;
 use crate::daemon::node::{Node, failure};
 use crate::nest::{SpawnError, SpawnSpec};
 use crate::runs::{Owner, Run, Wiring};
-use crate::signals;
+use crate::signals::{self, Sent};
 use crate::streams::outbox::Drain;
 use dunlin_proto::control::{Failure, FailureKind, INPUT_WINDOW_BYTES, Reply, RunInput, RunSpec};
 use dunlin_proto::frame;
@@ -116,7 +116,7 @@ fn take(node: &Arc<Node>, run: &Run, input: RunInput, told: &mut u64) -> bool {
         RunInput::StdinEnd => run.streams().end_input(),
         // By the caller's own hand, on his own program.
         RunInput::Signal(signal) => {
-            if let Err(e) = signals::send(node, pid, signal, None, Caller::user(run.owner().uid)) {
+            if let Err(e) = signals::send(node, pid, Sent::bare(signal, Caller::user(run.owner().uid))) {
                 tracing::warn!("signal {signal} to run {pid}: {}", e.message);
             }
         }
@@ -134,7 +134,7 @@ fn hang_up(node: &Arc<Node>, run: &Run) {
     tracing::info!("the caller of run {pid} is gone");
     // The kernel itself hangs up who has the terminal, when that is closed.
     if !run.has_terminal()
-        && let Err(e) = signals::send(node, pid, Signal::HUP.as_raw(), None, Caller::SYSTEM)
+        && let Err(e) = signals::send(node, pid, Sent::bare(Signal::HUP.as_raw(), Caller::SYSTEM))
         && e.kind != FailureKind::NoProcess
     {
         tracing::warn!("run {pid} does not hear that its caller is gone: {}", e.message);

@@ -8,7 +8,7 @@ use super::Node;
 use super::node::{failure, nest_failure};
 use crate::control;
 use crate::peers::Answer;
-use crate::signals;
+use crate::signals::{self, Sent};
 use dunlin_proto::control::{FailureKind, Request};
 use dunlin_proto::frame;
 use dunlin_proto::ids::Slot;
@@ -65,10 +65,20 @@ fn answer(node: &Arc<Node>, from: Slot, request: PeerRequest) -> PeerReply {
             signal,
             siginfo,
             by,
-        } => signals::deliver(node, pid, signal, siginfo.as_deref(), by),
+            order,
+        } => {
+            let info = None;
+            let sent = Sent {
+                signal,
+                info,
+                by,
+                order,
+            };
+            signals::deliver(node, from, pid, siginfo.as_deref(), sent)
+        }
         PeerRequest::Wait { pid, by } => control::wait_here(node, pid, by),
-        PeerRequest::ChildChanged { child, change } => {
-            signals::child_changed(node, child, change).map_or_else(failed, |()| PeerReply::Done)
+        PeerRequest::ChildChanged { child, change, after } => {
+            signals::child_changed(node, child, change, after).map_or_else(failed, |()| PeerReply::Done)
         }
         PeerRequest::InputHere { run, pid } => match node.runs.is_at(run, pid, from) {
             true => PeerReply::Done,
@@ -84,6 +94,8 @@ fn answer(node: &Arc<Node>, from: Slot, request: PeerRequest) -> PeerReply {
             Ok(obstacles) => PeerReply::Obstacles(obstacles),
             Err(why) => PeerReply::Failed(failure(FailureKind::Invalid, why, None)),
         },
+        PeerRequest::Ahead { by, pid } => node.mover.ahead_here(by, pid),
+        PeerRequest::Recall { by, pid, ranges } => node.mover.recall_here(by, pid, ranges),
         PeerRequest::Clocks => PeerReply::Clocks(crate::mover::raw_clocks()),
     }
 }

@@ -3,7 +3,9 @@
 //! Owns the socket that surrogates report to and the list of registered ones. Refuses to know whom they stand for.
 //! Invariants: a report of a process that is not registered is dropped; a surrogate that is gone leaves the list by
 //! itself. SIGSTOP cannot be taken by a program, and only a parent is told of it: so while there are surrogates, their
-//! states are looked at every [`Surrogates::tick`].
+//! states are looked at every [`Surrogates::tick`]. Between two looks one may have been continued and stopped again: a
+//! surrogate that is stopped is therefore told of (again) whenever it took a SIGCONT since it was told of last, and so
+//! the last word on each is always the right one.
 
 use crate::nest::wire::Event;
 use dunlin_proto::ids::Pid;
@@ -16,12 +18,13 @@ use std::time::Duration;
 
 /// At most so many reports are taken in one go, so that requests are answered in between.
 const BATCH: usize = 256;
+const SIGCONT: i32 = 18;
 
 /// The surrogates of the nest.
 #[derive(Debug)]
 pub struct Surrogates {
     reports: OwnedFd,
-    /// Is it stopped?
+    /// Was it stopped, as far as was told?
     registered: BTreeMap<Pid, bool>,
 }
 
@@ -45,18 +48,22 @@ impl Surrogates {
     }
 
     /// The reports that have come.
-    pub fn receive(&self) -> io::Result<Vec<Event>> {
+    pub fn receive(&mut self) -> io::Result<Vec<Event>> {
         let mut events = Vec::new();
         while events.len() < BATCH
             && let Some((pid, report)) = surrogate::receive(&self.reports)?
         {
             let pid = Pid(pid);
-            if self.registered.contains_key(&pid) {
+            if let Some(stopped) = self.registered.get_mut(&pid) {
                 events.push(match report {
-                    Report::Signal(info) => Event::SurrogateSignal {
-                        pid,
-                        info: info.to_vec(),
-                    },
+                    Report::Signal(info) => {
+                        // It has run. If it is stopped now, then anew.
+                        *stopped &= info[..4] != SIGCONT.to_ne_bytes();
+                        Event::SurrogateSignal {
+                            pid,
+                            info: info.to_vec(),
+                        }
+                    }
                     Report::Child(info) => Event::SurrogateChild {
                         parent: pid,
                         info: info.to_vec(),

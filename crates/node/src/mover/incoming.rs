@@ -10,9 +10,9 @@ use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock};
 use crate::entries::Place;
 use crate::obstacle::obstacle;
-use crate::pager::{Journal, NewSpace, SpaceHandle, Withdrawn};
+use crate::pager::{Finish, Journal, NewSpace, SpaceHandle, Withdrawn};
 use crate::processes::{HiddenKind, Resident};
-use crate::restore::{Blank, Common, Kit, RestoreError};
+use crate::restore::{Blank, Common, Kit, Remade, RestoreError};
 use crate::verify;
 use dunlin_cluster::page_map::PageMap;
 use dunlin_cluster::relocation::Limits;
@@ -388,6 +388,9 @@ impl Incoming {
                 self.with_kit(|_, kit| Blank::prepare(place.host, !place.stood_before, &process.plan, offsets, kit))?;
             self.blanks.push(blank);
             self.prepared.push(process);
+            if self.prepared.last().is_some_and(|p| p.ahead) {
+                self.fill_ahead(self.blanks.len() - 1)?;
+            }
         }
         Ok(())
     }
@@ -399,9 +402,14 @@ impl Incoming {
             return Err("the essence is not of the processes that were prepared".into());
         }
         for (index, process) in processes.into_iter().enumerate() {
-            self.with_kit(|this, kit| this.blanks[index].load(&process.essence, kit))?;
+            let came = self.stop_filling(index, &process)?;
+            let mut stale = process.ahead.as_ref().map_or(Vec::new(), |ahead| ahead.stale.clone());
+            // What was called back and has not come again is there in an older form.
+            stale.extend(came.iter().flat_map(|came| came.map.runs_away()));
+            let remade = self.with_kit(|this, kit| this.blanks[index].load(&process.essence, &stale, kit))?;
             self.make_children(index, &process)?;
-            self.adopt(index, &process)?;
+            self.adopt(index, &process, came.map(|came| (came, remade)))?;
+            self.await_all(index, &process)?;
             self.blanks[index]
                 .complete(&process.essence)
                 .map_err(|e| e.to_string())?;
@@ -431,11 +439,75 @@ impl Incoming {
         Ok(())
     }
 
-    fn adopt(&mut self, index: usize, process: &FrozenProcess) -> Result<(), String> {
+    /// The pages of a process begin to come while it still runs at its source.
+    fn fill_ahead(&mut self, index: usize) -> Result<(), String> {
         let image = self.prepared[index].image;
         let blank = &self.blanks[index];
         let (uffd, regions) = blank.pages().map_err(|e| e.to_string())?;
-        let map = page_map(process, &regions, image).map_err(|e| e.to_string())?;
+        let mut map = PageMap::new();
+        for (start, end) in &regions {
+            map.cover(*start, *end)
+                .and_then(|()| map.back_with(*start, (end - start) / 4096, image, *start))
+                .map_err(|e| e.to_string())?;
+        }
+        let space = NewSpace {
+            id: None,
+            pid: Some(blank.host),
+            uffd,
+            map,
+            connect: self.mover.connect(),
+            observer: Arc::new(()),
+            claims: None,
+            journal: None,
+            ahead: Some(blank.memory().map_err(|e| e.to_string())?),
+        };
+        let space = self.mover.pager.adopt(space).map_err(|(error, _)| error.to_string())?;
+        self.mover.ahead.insert(self.id, blank.pid, space, image);
+        Ok(())
+    }
+
+    /// What has come of a process's pages so far; nothing more comes until they are adopted again.
+    fn stop_filling(&self, index: usize, process: &FrozenProcess) -> Result<Option<Withdrawn>, String> {
+        let pid = self.blanks[index].pid;
+        match (self.mover.ahead.remove(self.id, pid), &process.ahead) {
+            (Some(space), Some(_)) => match space.withdraw() {
+                Ok(withdrawn) => Ok(Some(withdrawn)),
+                Err(how) => Err(format!("the memory that came ahead is lost ({how:?})")),
+            },
+            (None, None) => Ok(None),
+            (Some(_), None) | (None, Some(_)) => Err("source and destination disagree on what was sent ahead".into()),
+        }
+    }
+
+    /// Waits for every page, if it is not to run before.
+    fn await_all(&self, index: usize, process: &FrozenProcess) -> Result<(), String> {
+        const PATIENCE: Duration = Duration::from_secs(240);
+        if process.ahead.as_ref().is_none_or(|ahead| !ahead.all_first) {
+            return Ok(());
+        }
+        match self.spaces[index].wait_finished(PATIENCE) {
+            Some(Finish::Drained) => Ok(()),
+            Some(Finish::Gone | Finish::Withdrawn) => Err("its blank was lost while the last pages came".into()),
+            None => Err("its last pages did not come in time".into()),
+        }
+    }
+
+    fn adopt(
+        &mut self,
+        index: usize,
+        process: &FrozenProcess,
+        came: Option<(Withdrawn, Remade)>,
+    ) -> Result<(), String> {
+        let image = self.prepared[index].image;
+        let blank = &self.blanks[index];
+        let (uffd, regions) = blank.pages().map_err(|e| e.to_string())?;
+        let (map, claims) = match came {
+            None => (page_map(process, &regions, image).map_err(|e| e.to_string())?, None),
+            Some((came, remade)) => {
+                let map = page_map_after(process, came.map, &remade, image).map_err(|e| e.to_string())?;
+                (map, Some(came.claims))
+            }
+        };
         let second = SecondHand::new(self.mover.nest.clone());
         let id = self.mover.pager.next_id();
         let journal = Journal::begin(ClientId(super::random()), &map).map_err(|e| format!("no journal for it: {e}"))?;
@@ -449,8 +521,9 @@ impl Incoming {
             map,
             connect: self.mover.connect(),
             observer: Arc::new(second),
-            claims: None,
+            claims,
             journal: Some(journal),
+            ahead: None,
         };
         match self.mover.pager.adopt(space) {
             Ok(handle) => {
@@ -593,6 +666,7 @@ impl Incoming {
             },
         );
         lock(&mover.busy).insert(pid, self.id);
+        mover.orders.arrive(pid, process.obeyed.clone());
         mover.hidden.remove(pid);
         match mover.nest.pidfd(pid) {
             Ok(Some(pidfd)) => {
@@ -610,7 +684,7 @@ impl Incoming {
         for (place, space) in std::mem::take(&mut self.waiting) {
             self.mover.stand_for(place.pid, place.host, &place.comm);
             if let Some(space) = space {
-                self.mover.hand_over(space);
+                self.mover.hand_over(BTreeMap::from([(place.pid, space)]));
             }
         }
         let mut blanks = std::mem::take(&mut self.blanks).into_iter();
@@ -618,6 +692,10 @@ impl Incoming {
         let touched = blanks.len() + 1;
         for (index, Placed { pid, place, comm }) in std::mem::take(&mut self.places).into_iter().enumerate() {
             drop(blanks.next());
+            if let Some(space) = self.mover.ahead.remove(self.id, pid) {
+                // Whatever it answers: nothing is installed from here on.
+                drop(space.withdraw());
+            }
             if !place.stood_before {
                 // Its end is nobody's: the surrogate of its parent will tell of it.
                 self.mover.hidden.insert(pid, HiddenKind::Leaving);
@@ -661,6 +739,29 @@ fn page_map(
     for (start, end) in regions {
         map.cover(*start, *end)?;
         map.back_with(*start, (end - start) / 4096, image, *start)?;
+    }
+    for run in &process.essence.hot_pages {
+        map.settle(run.address, run.bytes.len() as u64 / 4096);
+    }
+    Ok(map)
+}
+
+/// Where they are after much of it was sent ahead: as it was known at the freeze, but for what has changed since.
+fn page_map_after(
+    process: &FrozenProcess,
+    mut map: PageMap,
+    remade: &Remade,
+    image: ImageId,
+) -> Result<PageMap, dunlin_cluster::page_map::MapError> {
+    for (start, end) in &remade.gone {
+        map.unmap(*start, *end);
+    }
+    for (start, end) in &remade.come {
+        map.cover(*start, *end)?;
+        map.recall(*start, (end - start) / 4096, image);
+    }
+    for (start, pages) in process.ahead.iter().flat_map(|ahead| &ahead.stale) {
+        map.recall(*start, *pages, image);
     }
     for run in &process.essence.hot_pages {
         map.settle(run.address, run.bytes.len() as u64 / 4096);

@@ -3,17 +3,19 @@
 //! Owns the processes while they are prepared, frozen and given away. Refuses to decide: every step is asked for by the
 //! protocol's machine.
 
+use super::ahead::Rounds;
 use super::attempts::Attempts;
-use super::payload::{self, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared, Proposal};
+use super::payload::{self, Ahead, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared, Proposal};
 use super::progress::{Times, phase};
 use super::recover::{ImageRecord, KeptSource, Left};
 use super::{Mover, NEST_FILTERS, Word, lock, random};
 use crate::capture::freeze::Frozen;
 use crate::capture::held::Abandoned;
-use crate::capture::{CaptureError, Met, Source, Surroundings};
+use crate::capture::{CaptureError, Met, Source, Surroundings, demanded};
 use crate::obstacle::obstacle;
 use crate::page_server::NewImage;
 use crate::pager::{Journal, NewSpace, Withdrawn};
+use crate::signals::orders::Obeyed;
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::home::HomeEvent;
 use dunlin_cluster::relocation::source::{
@@ -23,7 +25,7 @@ use dunlin_proto::control::{
     Failure, FailureKind, MoveMode, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, WaitFor,
 };
 use dunlin_proto::ids::{ImageId, MoveId, Pid, Slot};
-use dunlin_proto::image::{Lineage, MappingKind, Plan as ProcessPlan};
+use dunlin_proto::image::{Lineage, Plan as ProcessPlan};
 use dunlin_proto::pages::ClientId;
 use dunlin_proto::peer::{PeerReply, PeerRequest};
 use dunlin_proto::relocation::{Claim, LeaseRefusal, Member};
@@ -86,7 +88,7 @@ impl Mover {
             .spawn(move || {
                 let mut met = Vec::new();
                 let party = mover.party(pid, false)?;
-                let prepared = mover.prepare_sources(&party, &mut met);
+                let prepared = mover.prepare_sources(&party, &mut met, false);
                 match prepared {
                     Ok(sources) => {
                         let obstacles = to.map_or(Ok(Vec::new()), |to| mover.examine_there(&sources, to));
@@ -129,7 +131,12 @@ impl Mover {
         Ok(party)
     }
 
-    fn prepare_sources(&self, party: &[(Pid, i32)], met: &mut Vec<Met>) -> Result<Vec<Source>, MoveOutcome> {
+    fn prepare_sources(
+        &self,
+        party: &[(Pid, i32)],
+        met: &mut Vec<Met>,
+        watch: bool,
+    ) -> Result<Vec<Source>, MoveOutcome> {
         let identify = |fd: std::os::fd::BorrowedFd<'_>| self.streams.identify(fd);
         let around = self.surroundings(&identify, party);
         let mut sources: Vec<Source> = Vec::new();
@@ -137,7 +144,7 @@ impl Mover {
         for (pid, host) in party {
             let prepared = self
                 .lineage(*pid, *host)
-                .and_then(|lineage| Source::prepare(*host, lineage, NEST_FILTERS, &around, met));
+                .and_then(|lineage| Source::prepare(*host, lineage, NEST_FILTERS, &around, met, watch));
             match prepared {
                 Ok(source) => sources.push(source),
                 Err(CaptureError::Obstacles(more)) => obstacles.extend(more),
@@ -295,6 +302,8 @@ struct Outgoing<'a> {
     frozen: Vec<Frozen>,
     withdrawn: BTreeMap<Pid, Withdrawn>,
     images: BTreeMap<Pid, ImageId>,
+    /// The orders that each has obeyed, from when nobody could give it more.
+    obeyed: BTreeMap<Pid, Obeyed>,
     keepers: BTreeMap<Pid, i32>,
     regions: BTreeMap<Pid, Vec<(u64, u64)>>,
     /// Of a move that a former daemon began: what it had frozen.
@@ -361,6 +370,7 @@ impl<'a> Outgoing<'a> {
             frozen: Vec::new(),
             withdrawn: BTreeMap::new(),
             images: BTreeMap::new(),
+            obeyed: BTreeMap::new(),
             keepers: BTreeMap::new(),
             regions: BTreeMap::new(),
             left: Vec::new(),
@@ -391,11 +401,6 @@ impl<'a> Outgoing<'a> {
                 None,
             ))
         })?;
-        if request.mode != MoveMode::Demand {
-            let message = format!("process {pid} was not moved: only --mode demand exists so far; it runs on here");
-            let hint = Some("leave --mode away; dirty tracking for precopy and hybrid is in `node::dirty`, unused yet");
-            return Err(MoveOutcome::Failed(failure(FailureKind::Invalid, message, hint)));
-        }
         if to == mover.here {
             let message = format!("process {pid} is on {} already", request.to);
             return Err(MoveOutcome::Failed(failure(FailureKind::Invalid, message, None)));
@@ -414,6 +419,7 @@ impl<'a> Outgoing<'a> {
         let mut this = Outgoing::new(mover.clone(), request, plan, party, reporter);
         this.times = times;
         let outcome = this.go();
+        mover.hand_over(std::mem::take(&mut this.withdrawn));
         lock(&mover.sources).remove(&id);
         lock(&mover.busy).retain(|_, by| *by != id);
         outcome
@@ -424,7 +430,11 @@ impl<'a> Outgoing<'a> {
         let (sender, words) = channel();
         lock(&self.mover.sources).insert(self.plan.move_id, sender);
         self.mover.links.warm(self.plan.destination);
-        self.sources = self.mover.prepare_sources(&self.party, &mut self.met)?;
+        let watch = self.request.mode != MoveMode::Demand;
+        if watch {
+            self.await_own_drain()?;
+        }
+        self.sources = self.mover.prepare_sources(&self.party, &mut self.met, watch)?;
         match self.mover.examine_there(&self.sources, self.plan.destination) {
             Ok(obstacles) if obstacles.is_empty() => {}
             refused => {
@@ -509,10 +519,19 @@ impl<'a> Outgoing<'a> {
             SourceAction::Send { to, msg } => self.mover.send(to, msg),
             SourceAction::Prepare(_) => {
                 self.progress(MovePhase::Prepare);
-                let payload = self.prepare_payload();
-                self.events.push(SourceEvent::Prepared(payload));
+                let event = match self.prepare_payload() {
+                    Ok(payload) => SourceEvent::Prepared(payload),
+                    Err(error) => SourceEvent::Failed(error.to_string()),
+                };
+                self.events.push(event);
             }
-            SourceAction::ReadyToFreeze(_) => self.events.push(SourceEvent::Freeze),
+            SourceAction::ReadyToFreeze(_) => {
+                let event = match self.send_ahead() {
+                    Ok(()) => SourceEvent::Freeze,
+                    Err(error) => SourceEvent::Failed(error.to_string()),
+                };
+                self.events.push(event);
+            }
             SourceAction::Persist(record) => self.persist(record)?,
             SourceAction::Forget => {
                 self.mover
@@ -594,6 +613,9 @@ impl<'a> Outgoing<'a> {
                     };
                     self.mover.decide(HomeEvent::Raise(vec![claim]));
                 }
+                for image in self.images.values() {
+                    self.mover.images.remove(*image);
+                }
                 self.sources.drain(..).for_each(Source::abandon);
                 let message = format!(
                     "process {} was not moved: {why}; it runs on {}",
@@ -672,7 +694,7 @@ impl<'a> Outgoing<'a> {
     /// A comparison of everything takes its time.
     fn limits(&self) -> Limits {
         let mut limits = Limits::default();
-        if self.request.verify {
+        if self.request.verify || self.request.mode == MoveMode::Precopy {
             limits.parked = Duration::from_secs(300);
         }
         limits
@@ -682,21 +704,71 @@ impl<'a> Outgoing<'a> {
         format!("source/{}", self.plan.move_id)
     }
 
-    fn prepare_payload(&mut self) -> Vec<u8> {
-        let processes = self.sources.iter().map(|source| {
+    fn prepare_payload(&mut self) -> Result<Vec<u8>, CaptureError> {
+        let ahead = self.request.mode != MoveMode::Demand;
+        let mut processes = Vec::new();
+        for mut source in std::mem::take(&mut self.sources) {
             let image = ImageId {
                 holder: self.mover.here,
                 nonce: random(),
             };
             self.images.insert(source.pid, image);
-            Prepared {
+            processes.push(Prepared {
                 plan: source.plan.clone(),
                 image,
                 clock_offsets_ns: source.clock_offsets(),
-            }
+                ahead,
+            });
+            // First the watch, then the pages.
+            let served = match ahead {
+                true => source.watch_writes().and_then(|()| self.serve(&source, image)),
+                false => Ok(()),
+            };
+            self.sources.push(source);
+            served?;
+        }
+        Ok(payload::encode(&Prepare { processes }))
+    }
+
+    /// Serves the memory of a process, which may run.
+    fn serve(&self, source: &Source, id: ImageId) -> Result<(), CaptureError> {
+        let memory = source.memory()?;
+        self.mover.images.register(NewImage {
+            id,
+            mem: memory.memory,
+            pagemap: memory.pagemap,
+            keeper: None,
+            regions: demanded(&source.plan),
+            on_unused: self.on_unused(source.pid),
         });
-        payload::encode(&Prepare {
-            processes: processes.collect(),
+        Ok(())
+    }
+
+    /// Writes cannot be watched as long as the process waits for pages of an earlier move.
+    fn await_own_drain(&self) -> Result<(), MoveOutcome> {
+        const PATIENCE: Duration = Duration::from_secs(60);
+        for (pid, _) in &self.party {
+            let space = self.mover.arrivals.get(*pid).and_then(|arrival| arrival.space);
+            if space.is_some_and(|space| space.wait_finished(PATIENCE).is_none()) {
+                let message = format!("process {pid} was not moved: its pages are still coming from elsewhere");
+                let hint = Some("wait until they have come (`pages_elsewhere` in `dunlin ps`), or use --mode demand");
+                return Err(MoveOutcome::Failed(failure(FailureKind::Other, message, hint)));
+            }
+        }
+        Ok(())
+    }
+
+    /// What is to be sent before the freeze is sent.
+    fn send_ahead(&mut self) -> Result<(), CaptureError> {
+        let rounds = Rounds {
+            mover: &self.mover,
+            by: self.plan.move_id,
+            to: self.plan.destination,
+            mode: self.request.mode,
+        };
+        let reporter = self.reporter;
+        rounds.run(&mut self.sources, |progress| {
+            drop(reporter.send(Report::Progress(progress)))
         })
     }
 
@@ -706,6 +778,12 @@ impl<'a> Outgoing<'a> {
         let identify = |fd: std::os::fd::BorrowedFd<'_>| mover.streams.identify(fd);
         let around = mover.surroundings(&identify, &self.party);
         around.look();
+        // From here on what is sent to it would stay behind with the emptied process.
+        self.obeyed = self
+            .party
+            .iter()
+            .map(|(pid, _)| (*pid, mover.orders.close(*pid)))
+            .collect();
         for (run, stream) in self.sources.iter().flat_map(Source::streams) {
             mover.streams.settle(run, stream)?;
         }
@@ -783,18 +861,19 @@ impl<'a> Outgoing<'a> {
             images = arrival.images.iter().map(|(image, by)| (*image, *by)).collect();
             self.withdrawn.insert(pid, withdrawn);
         }
-        if let Some(image) = self.images.get(&pid) {
-            let memory = frozen.memory()?;
-            let regions = regions(&frozen.source.plan);
+        let mut ahead = None;
+        if let Some(image) = self.images.get(&pid).copied() {
+            let regions = demanded(&frozen.source.plan);
             self.regions.insert(pid, regions.clone());
-            self.mover.images.register(NewImage {
-                id: *image,
-                mem: memory.memory,
-                pagemap: memory.pagemap,
-                keeper: None,
-                regions,
-                on_unused: self.on_unused(pid),
-            });
+            if frozen.source.is_sent_ahead() {
+                ahead = Some(Ahead {
+                    stale: frozen.source.stale(&regions)?,
+                    all_first: self.request.mode == MoveMode::Precopy,
+                });
+                self.mover.images.set_regions(image, regions);
+            } else {
+                self.serve(&frozen.source, image)?;
+            }
         }
         let mut ids = frozen.tids();
         ids.retain(|tid| *tid != pid);
@@ -822,6 +901,8 @@ impl<'a> Outgoing<'a> {
                 map,
                 digest,
                 images,
+                obeyed: self.obeyed.remove(&pid).unwrap_or_default(),
+                ahead,
             },
         ))
     }
@@ -840,6 +921,13 @@ impl<'a> Outgoing<'a> {
         for (pid, _) in &self.party {
             lock(&self.mover.ends).remove(pid);
         }
+        self.thaw_all();
+        for (pid, _) in &self.party {
+            self.mover.orders.open(*pid);
+        }
+    }
+
+    fn thaw_all(&mut self) {
         for image in self.images.values() {
             self.mover.images.remove(*image);
         }
@@ -874,7 +962,7 @@ impl<'a> Outgoing<'a> {
             });
             let into_image = || abandoned.into_image(left.pending.clone(), keeper.map(|(child, _)| child));
             let remember = |number| self.remember_image(pid, number);
-            match mover.leave_behind((pid, left.host), into_image, leaving, remember) {
+            match mover.leave_behind((pid, left.host, false), into_image, leaving, remember) {
                 Ok((_, keeper)) => self.serve_again(pid, keeper),
                 Err(error) => tracing::error!(%pid, %error, "a departed process was not cleared away"),
             }
@@ -883,9 +971,6 @@ impl<'a> Outgoing<'a> {
         mover.residents.remove(pid);
         if mover.arrivals.remove(pid).is_some() {
             mover.forget_arrival(pid);
-        }
-        if let Some(withdrawn) = self.withdrawn.remove(&pid) {
-            mover.hand_over(withdrawn);
         }
     }
 
@@ -913,21 +998,23 @@ impl<'a> Outgoing<'a> {
             let pid = frozen.source.pid;
             let streams = frozen.source.streams();
             self.mover.exits.left(pid);
-            let task = (pid, frozen.source.host);
+            let task = (pid, frozen.source.host, frozen.is_stopped());
             let mover = self.mover.clone();
             let remember = |number| self.remember_image(pid, number);
             match mover.leave_behind(task, || frozen.into_image(), &leaving, remember) {
-                Ok((_, keeper)) => drop(self.keepers.insert(pid, keeper)),
+                Ok((_, keeper)) => {
+                    self.keepers.insert(pid, keeper);
+                    if let Some(image) = self.images.get(&pid) {
+                        self.mover.images.set_keeper(*image, keeper);
+                    }
+                }
                 Err(error) => tracing::error!(%pid, %error, "a departed process was not cleared away"),
             }
             self.mover.streams.departed(pid, &streams, to);
             self.mover.residents.remove(pid);
+            self.mover.orders.leave(pid);
             if self.mover.arrivals.remove(pid).is_some() {
                 self.mover.forget_arrival(pid);
-            }
-            // The new node has claimed the older images by now, or will be told of them by its own map.
-            if let Some(withdrawn) = self.withdrawn.remove(&pid) {
-                self.mover.hand_over(withdrawn);
             }
         }
         let left = std::mem::take(&mut self.left);
@@ -962,17 +1049,6 @@ impl<'a> Outgoing<'a> {
             self.mover.drop_image_record(self.plan.move_id, pid);
         }
     }
-}
-
-/// What of a process's memory is served on demand: first addresses and numbers of pages.
-fn regions(plan: &ProcessPlan) -> Vec<(u64, u64)> {
-    let anonymous = plan
-        .image
-        .space
-        .mappings
-        .iter()
-        .filter(|m| m.kind == MappingKind::Anonymous);
-    anonymous.map(|m| (m.start, (m.end - m.start) / 4096)).collect()
 }
 
 impl Mover {
@@ -1038,6 +1114,7 @@ impl Mover {
             observer,
             claims: Some(claims),
             journal: journal.ok(),
+            ahead: None,
         };
         match self.pager.adopt(space) {
             Ok(handle) => {
@@ -1054,13 +1131,19 @@ impl Mover {
         }
     }
 
-    /// Keeps a withdrawn space's claims until its new node has had time to claim the images itself.
-    pub(super) fn hand_over(&self, withdrawn: Withdrawn) {
-        const GRACE: Duration = Duration::from_secs(30);
+    /// Keeps the claims of withdrawn spaces, whose pages from here are all there, until their new node has certainly claimed
+    /// the older images itself.
+    pub(super) fn hand_over(&self, withdrawn: BTreeMap<Pid, Withdrawn>) {
+        const GRACE: Duration = Duration::from_secs(3);
+        if withdrawn.is_empty() {
+            return;
+        }
         let keep = std::thread::Builder::new().name("hand-over".into()).spawn(move || {
             std::thread::sleep(GRACE);
             // Until then a daemon that comes after this one does the same.
-            withdrawn.observer.let_go(withdrawn.id);
+            for space in withdrawn.values() {
+                space.observer.let_go(space.id);
+            }
             drop(withdrawn);
         });
         if let Err(error) = keep {

@@ -2,6 +2,7 @@
 //!
 //! Owns these types; the protocol passes them through unread.
 
+use crate::signals::orders::Obeyed;
 use dunlin_proto::ids::{ImageId, MoveId, Pid};
 use dunlin_proto::image::{Essence, Plan};
 use dunlin_proto::pages::MapImage;
@@ -23,6 +24,8 @@ pub struct Prepared {
     pub image: ImageId,
     /// How far its time namespace's monotonic clocks are from those of its node, nanoseconds.
     pub clock_offsets_ns: [i64; 2],
+    /// Its pages are served from now on, while it runs.
+    pub ahead: bool,
 }
 
 /// What travels inside the freeze: one per process, in the same order.
@@ -43,6 +46,19 @@ pub struct FrozenProcess {
     pub digest: Option<crate::verify::Digest>,
     /// Which move left each image that the map names.
     pub images: Vec<(ImageId, MoveId)>,
+    /// The last order of each node that it has obeyed.
+    pub obeyed: Obeyed,
+    /// If its pages were served ahead: what of them has to be forgotten.
+    pub ahead: Option<Ahead>,
+}
+
+/// The end of what was sent ahead of the freeze.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Ahead {
+    /// What was fetched of these pages (first address, number of pages) may be older than their last write.
+    pub stale: Vec<(u64, u64)>,
+    /// It is not to run before all its pages have come.
+    pub all_first: bool,
 }
 
 /// Which processes are proposed, for the destination's first look.

@@ -15,6 +15,7 @@ use crate::nest::Nest;
 use crate::page_server::NewImage;
 use crate::pager::{Journal, SpaceHandle, Survivor, Withdrawn};
 use crate::processes::{HiddenKind, Resident};
+use crate::signals::orders::is_stopped;
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::destination::{DestinationMove, DestinationRecord, Found};
 use dunlin_cluster::relocation::source::{SourceEvent, SourceRecord, SourceStage};
@@ -190,7 +191,7 @@ impl Mover {
             self.recover_source(source, images, theirs)?;
         }
         // They run elsewhere: who holds their pages must hear that nobody here needs them.
-        withdrawn.into_values().for_each(|space| self.hand_over(space));
+        self.hand_over(withdrawn);
         self.begin()
     }
 
@@ -377,6 +378,7 @@ impl Mover {
                     HiddenKind::Relative
                 };
                 self.hidden.insert(pid, kind);
+                self.hidden.is_stopped(pid, is_stopped(host) == Some(true));
             }
         }
     }

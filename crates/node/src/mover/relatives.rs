@@ -2,8 +2,8 @@
 //!
 //! Owns the rule. A process that lives here (or will, or has its home here) needs its ancestors, its group's and its
 //! session's leader as they are at its own home; one that came by a move also needs the children it left behind, to wait
-//! for them. Refuses to know how a surrogate is made. Invariant: while a process arrives nothing is ended, since what it
-//! needs is not yet written down.
+//! for them; a keeper needs the leaders of the group and session that it is in. Refuses to know how a surrogate is made.
+//! Invariant: while a process arrives nothing is ended, since what it needs is not yet written down.
 
 use super::{Mover, lock};
 use crate::capture::{SCRIPT_MASK, made_again};
@@ -37,6 +37,9 @@ impl Mover {
                 self.hidden.remove(pid);
             }
         }
+        self.orders.forget(|pid| {
+            self.hidden.kind(pid).is_some() || self.nest.host_pid(pid).is_ok_and(|found| found.is_none())
+        });
         let relatives = self.hidden.all(HiddenKind::Relative, Duration::ZERO);
         if relatives.is_empty() {
             return;
@@ -89,6 +92,7 @@ impl Mover {
     fn needed(&self, leaves: impl Fn(i32) -> bool) -> BTreeSet<Pid> {
         let mut tasks = BTreeMap::new();
         let mut anchors = Vec::new();
+        let mut needed = BTreeSet::new();
         for (host, pid) in self.neighbours() {
             let Some(task) = task(host) else { continue };
             let anchor = match self.hidden.kind(pid) {
@@ -98,10 +102,20 @@ impl Mover {
             if anchor {
                 anchors.push(pid);
             }
+            // While a keeper is in them, the numbers of its group and session are taken: if their leaders ended, they could
+            // not be made again.
+            if self.hidden.kind(pid) == Some(HiddenKind::Keeper) {
+                for leader in [task.group, task.session] {
+                    if needed.insert(leader) {
+                        anchors.push(leader);
+                    }
+                }
+            }
             tasks.insert(pid, task);
         }
-        let mut needed = BTreeSet::new();
-        while let Some(task) = anchors.pop().and_then(|pid| tasks.get(&pid)) {
+        while let Some(anchor) = anchors.pop() {
+            // PID 1 has none.
+            let Some(task) = tasks.get(&anchor) else { continue };
             for relative in [task.parent, task.group, task.session] {
                 // Each of them has needs of the same kind.
                 if needed.insert(relative) {

@@ -9,7 +9,7 @@ use rustix::process::{Pid, PidfdFlags};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::OnceLock;
+use std::sync::{OnceLock, PoisonError, RwLock};
 
 const PAGE: u64 = PAGE_BYTES as u64;
 
@@ -20,7 +20,7 @@ pub(super) struct Image {
     pagemap: File,
     keeper: OnceLock<Keeper>,
     /// First address and address after the last; ascending, not overlapping.
-    regions: Vec<(u64, u64)>,
+    regions: RwLock<Vec<(u64, u64)>>,
 }
 
 /// A process that shares the memory.
@@ -49,30 +49,23 @@ impl Keeper {
 
 impl Image {
     pub(super) fn new(id: ImageId, mem: File, pagemap: File, keeper: Option<i32>, regions: Vec<(u64, u64)>) -> Image {
-        let mut regions: Vec<(u64, u64)> = regions
-            .into_iter()
-            .map(|(start, n)| (start, start + n * PAGE))
-            .collect();
-        regions.sort_unstable();
-        // Adjacent ones as one, so that a request may cross from one to the next.
-        regions.dedup_by(|next, before| {
-            let joined = next.0 <= before.1;
-            if joined {
-                before.1 = before.1.max(next.1);
-            }
-            joined
-        });
         let image = Image {
             id,
             mem,
             pagemap,
             keeper: OnceLock::new(),
-            regions,
+            regions: RwLock::new(joined(regions)),
         };
         if let Some(pid) = keeper {
             image.set_keeper(pid);
         }
         image
+    }
+
+    /// What may be read from now on.
+    pub(super) fn set_regions(&self, regions: Vec<(u64, u64)>) {
+        // Only whole lists are put in: whatever panicked elsewhere, this one is sound.
+        *self.regions.write().unwrap_or_else(PoisonError::into_inner) = joined(regions);
     }
 
     /// The first one stays. One that has ended is none: then everything goes through the file.
@@ -151,8 +144,9 @@ impl Image {
     }
 
     fn check(&self, start: u64, end: u64) -> Result<(), ServeError> {
-        let at = self.regions.partition_point(|(_, e)| *e <= start);
-        match self.regions.get(at) {
+        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+        let at = regions.partition_point(|(_, e)| *e <= start);
+        match regions.get(at) {
             Some((s, e)) if *s <= start && end <= *e => Ok(()),
             _ => Err(ServeError::Outside {
                 image: self.id,
@@ -168,4 +162,22 @@ impl Image {
             source,
         }
     }
+}
+
+/// Starts and numbers of pages as starts and ends, ascending; adjacent ones as one, so that a request may cross from one
+/// to the next.
+fn joined(regions: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    let mut regions: Vec<(u64, u64)> = regions
+        .into_iter()
+        .map(|(start, n)| (start, start + n * PAGE))
+        .collect();
+    regions.sort_unstable();
+    regions.dedup_by(|next, before| {
+        let joined = next.0 <= before.1;
+        if joined {
+            before.1 = before.1.max(next.1);
+        }
+        joined
+    });
+    regions
 }

@@ -1,18 +1,24 @@
 //! One page connection at the holder: hello, then requests answered in order.
+//!
+//! The two lanes differ in how they treat the CPU. Who serves faults comes soon after a wake; who serves the bulk lets go
+//! for whoever wakes, and never stays in the kernel for long: a fault that another thread of this node answers, or the
+//! program itself, may need this very CPU.
 
 use super::{Image, ImageStore, ServeError};
 use dunlin_proto::pages::{
-    HELLO_BYTES, Hello, Lane, MAX_PAYLOAD_BYTES, MAX_SCAN_RANGES, REPLY_BYTES, REQUEST_BYTES, ReplyHeader, Request,
-    Welcome,
+    HELLO_BYTES, Hello, Lane, MAX_SCAN_RANGES, PAGE_BYTES, REPLY_BYTES, REQUEST_BYTES, ReplyHeader, Request, Welcome,
 };
-use rustix::net::RecvFlags;
+use rustix::net::SendFlags;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// After an answered fault the next one is awaited awake: a wake across CPUs costs more than a page.
-const SPIN: Duration = Duration::from_micros(60);
+/// How long a thread of each lane runs in one go while others want its CPU.
+const FAULTS_SLICE: Duration = Duration::from_micros(100);
+const BULK_SLICE: Duration = Duration::from_millis(20);
+/// So many pages are read and sent at once: what is read is still in the cache when it is sent.
+const PIECE: u32 = 16;
 /// Requests read at once.
 const REQUESTS: usize = 64;
 /// A client that does not say hello in time is none.
@@ -30,17 +36,33 @@ pub(super) fn serve(store: &ImageStore, mut stream: TcpStream) -> Result<(), Ser
         return Err(ServeError::UnknownImage(hello.image));
     };
     stream.write_all(&Welcome::Come.encode())?;
-    let mut requests = Requests::new(&stream, hello.lane);
-    let mut out = vec![0; REPLY_BYTES + MAX_PAYLOAD_BYTES];
+    let slice = match hello.lane {
+        Lane::Faults => FAULTS_SLICE,
+        Lane::Bulk => BULK_SLICE,
+    };
+    // A hint: where the kernel does not know it, faults wait a little longer.
+    let _ = dunlin_sys::inspect::set_own_slice(slice);
+    let mut requests = Requests::new(&stream);
+    let mut out = vec![0; REPLY_BYTES + PIECE as usize * PAGE_BYTES];
     while let Some(request) = requests.next()? {
         match request {
             Request::Pages { tag, start, want } => {
                 let present = image.present(start, want)?;
                 let header = ReplyHeader::Pages { tag, start, present };
-                let end = REPLY_BYTES + header.payload_bytes();
                 out[..REPLY_BYTES].copy_from_slice(&header.encode());
-                image.read(start, present, &mut out[REPLY_BYTES..end])?;
-                (&stream).write_all(&out[..end])?;
+                let mut from = REPLY_BYTES;
+                let mut left = present;
+                loop {
+                    let piece = lowest(left, PIECE);
+                    left &= !piece;
+                    let end = from + piece.count_ones() as usize * PAGE_BYTES;
+                    image.read(start, piece, &mut out[from..end])?;
+                    send(&stream, &out[..end], left != 0)?;
+                    from = 0;
+                    if left == 0 {
+                        break;
+                    }
+                }
                 sent.fetch_add(u64::from(present.count_ones()), Ordering::Relaxed);
             }
             Request::Scan { tag, start, pages } => scan(&image, &stream, tag, start, pages)?,
@@ -73,10 +95,35 @@ fn scan(image: &Image, mut stream: &TcpStream, tag: u32, start: u64, pages: u64)
     image.scan(start, pages, send, MAX_SCAN_RANGES)
 }
 
+/// The lowest `count` bits that are set.
+fn lowest(bits: u64, count: u32) -> u64 {
+    let mut rest = bits;
+    for _ in 0..count {
+        rest &= rest.wrapping_sub(1);
+    }
+    bits & !rest
+}
+
+/// Sends all of it; `more` follows at once, so that no segment leaves half full.
+fn send(stream: &TcpStream, mut bytes: &[u8], more: bool) -> io::Result<()> {
+    let flags = if more {
+        SendFlags::MORE | SendFlags::NOSIGNAL
+    } else {
+        SendFlags::NOSIGNAL
+    };
+    while !bytes.is_empty() {
+        match rustix::net::send(stream, bytes, flags) {
+            Ok(sent) => bytes = &bytes[sent..],
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
 /// The requests of one connection.
 struct Requests<'a> {
     stream: &'a TcpStream,
-    lane: Lane,
     buffer: [u8; REQUEST_BYTES * REQUESTS],
     /// What of the buffer is read and not handed out.
     from: usize,
@@ -84,10 +131,9 @@ struct Requests<'a> {
 }
 
 impl<'a> Requests<'a> {
-    fn new(stream: &'a TcpStream, lane: Lane) -> Self {
+    fn new(stream: &'a TcpStream) -> Self {
         Requests {
             stream,
-            lane,
             buffer: [0; REQUEST_BYTES * REQUESTS],
             from: 0,
             to: 0,
@@ -114,27 +160,24 @@ impl<'a> Requests<'a> {
     }
 
     fn fill(&mut self) -> io::Result<usize> {
-        let room = &mut self.buffer[self.to..];
-        if self.lane == Lane::Faults {
-            let until = Instant::now() + SPIN;
-            loop {
-                match rustix::net::recv(self.stream, &mut *room, RecvFlags::DONTWAIT) {
-                    Ok((_, read)) => return Ok(read),
-                    Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
-                    Err(errno) => return Err(errno.into()),
-                }
-                if Instant::now() >= until {
-                    break;
-                }
-                // On a small machine the one who will ask next may need this very CPU.
-                std::thread::yield_now();
-            }
-        }
         loop {
-            match (&mut &*self.stream).read(room) {
+            match (&mut &*self.stream).read(&mut self.buffer[self.to..]) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 answer => return answer,
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lowest_bits_are_taken() {
+        assert_eq!(lowest(0b1011_0100, 2), 0b0001_0100);
+        assert_eq!(lowest(0b1011_0100, 9), 0b1011_0100);
+        assert_eq!(lowest(u64::MAX, 16), 0xffff);
+        assert_eq!(lowest(0, 16), 0);
     }
 }

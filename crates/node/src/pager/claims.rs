@@ -65,6 +65,13 @@ pub(super) enum Command {
         space: SpaceId,
         answer: Sender<Option<Withdrawn>>,
     },
+    /// These pages have to come again; answers whether that could be arranged.
+    Recall {
+        space: SpaceId,
+        image: ImageId,
+        ranges: Vec<(u64, u64)>,
+        answer: Sender<bool>,
+    },
     /// Which space is this process's? Answered when a page that arrives has shown it, or never.
     Identify(Probe),
 }

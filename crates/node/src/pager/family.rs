@@ -1,8 +1,6 @@
 //! The thread that serves one family of address spaces.
 //!
-//! Each turn: events of the spaces, then what arrived for faults, then one piece of the bulk, then new requests. It
-//! spins while a fault is open and shortly after one, since a wake across CPUs costs more than the page; otherwise it
-//! sleeps in poll. What arrives is installed in every space that lacks it, so nothing is asked twice for the sake of a
+//! Each turn: events of the spaces, then what arrived for faults, then one piece of the bulk, then new requests. What arrives is installed in every space that lacks it, so nothing is asked twice for the sake of a
 //! forked child; what a changing space refuses is kept in hand and decided again, after the events, for all spaces (a
 //! child may just have been born).
 
@@ -10,9 +8,11 @@ use super::claims::{Bell, Claims, Command, FamilyHandle, Probe};
 use super::journal::settle_present;
 use super::lane::Pool;
 use super::link::Link;
+use super::pace::Pace;
 use super::space::{Outcome, Space};
 use super::stats::Shared;
 use super::store::Store;
+use super::supply::STAND_BACK;
 use super::{Connect, Finish, Journal, NewSpace, Observer, Registry, SpaceHandle, SpaceId, Survivor, Withdrawn};
 use dunlin_cluster::page_map::{PageMap, Want};
 use dunlin_proto::ids::ImageId;
@@ -26,10 +26,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-/// After the last fault the next one is awaited awake for so long.
-const SPIN_AFTER: Duration = Duration::from_micros(80);
-/// An open fault is awaited awake for so long.
-const SPIN_DURING: Duration = Duration::from_millis(1);
+/// How long the thread runs in one go while others want its CPU.
+const SLICE: Duration = Duration::from_micros(100);
 /// How long a shortage is given to pass, and what is said of it.
 pub(super) const PAUSE: Duration = Duration::from_millis(1);
 pub(super) const SHORTAGE: &str = "this node is short of memory or descriptors: its programs wait";
@@ -47,6 +45,16 @@ pub(super) struct Holder {
     pub(super) bulk_waits_since: Option<Instant>,
     /// The journals know that nobody needs it any more.
     done: bool,
+}
+
+impl Holder {
+    /// For how long the bulk is still to be left lying.
+    pub(super) fn stands_back(&self, now: Instant) -> Option<Duration> {
+        let since = self.bulk_waits_since.filter(|_| self.store.is_urgent())?;
+        STAND_BACK
+            .checked_sub(now.duration_since(since))
+            .filter(|left| !left.is_zero())
+    }
 }
 
 /// What arrived and could not be installed everywhere yet.
@@ -70,7 +78,7 @@ pub(super) struct Family {
     /// Processes whose spaces are sought.
     pub(super) probes: Vec<Probe>,
     pub(super) inherited: Option<Claims>,
-    pub(super) last_fault: Option<Instant>,
+    pub(super) pace: Pace,
     last_life_check: Instant,
 }
 
@@ -113,9 +121,12 @@ pub(super) fn start(registry: &Arc<Registry>, mut new: NewSpace) -> Result<Space
     let (registry_there, shared_there) = (registry.clone(), shared.clone());
     let work = move || {
         if let Ok((new, journal)) = take.recv() {
+            let client = journal.client();
+            let mut space = Space::new(new.uffd, new.map, shared_there, journal);
+            space.ahead = new.ahead;
             let founders = Founders {
-                client: journal.client(),
-                spaces: vec![Space::new(new.uffd, new.map, shared_there, journal)],
+                client,
+                spaces: vec![space],
                 connect: new.connect,
                 observer: new.observer,
                 inherited: new.claims,
@@ -223,7 +234,7 @@ impl Family {
             pool: Pool::default(),
             probes: Vec::new(),
             inherited: founders.inherited,
-            last_fault: None,
+            pace: Pace::new(),
             last_life_check: Instant::now(),
         };
         let mut sources: BTreeMap<ImageId, Vec<(u64, u64)>> = BTreeMap::new();
@@ -252,6 +263,8 @@ impl Family {
     }
 
     fn run(mut self) {
+        // A hint: where the kernel does not know it, faults wait a little longer.
+        let _ = dunlin_sys::inspect::set_own_slice(SLICE);
         loop {
             let ready = self.rest();
             if ready.bell {
@@ -274,11 +287,6 @@ impl Family {
     /// Waits until there is something to do; which spaces have messages?
     fn rest(&mut self) -> Ready {
         let now = Instant::now();
-        let waits = self.spaces.iter().any(Space::has_waiting);
-        let spin = match self.last_fault.map(|at| now.duration_since(at)) {
-            Some(age) => age < SPIN_AFTER || (waits && age < SPIN_DURING),
-            None => false,
-        };
         let busy = !self.in_hand.is_empty()
             || self.spaces.iter().any(|s| s.recheck)
             || self.holders.values().any(|h| h.store.is_ready());
@@ -286,10 +294,11 @@ impl Family {
         for holder in self.holders.values() {
             timeout = timeout.into_iter().chain(holder.store.next_tick()).min();
         }
-        if spin || busy {
+        for holder in self.holders.values() {
+            timeout = timeout.into_iter().chain(holder.stands_back(now)).min();
+        }
+        if busy {
             timeout = Some(Duration::ZERO);
-            // The program may need this very CPU to go on.
-            std::thread::yield_now();
         }
         let bell = self.handle.bell.clone();
         let mut fds = vec![PollFd::new(&bell, PollFlags::IN)];
@@ -297,9 +306,10 @@ impl Family {
             fds.push(PollFd::from_borrowed_fd(space.uffd.as_fd(), PollFlags::IN));
         }
         for holder in self.holders.values() {
+            let bulk = holder.stands_back(now).is_none();
             holder
                 .store
-                .poll_set(&mut |fd, flags| fds.push(PollFd::from_borrowed_fd(fd, flags)));
+                .poll_set(bulk, &mut |fd, flags| fds.push(PollFd::from_borrowed_fd(fd, flags)));
         }
         let timeout = timeout.map(|t| Timespec {
             tv_sec: t.as_secs() as i64,
@@ -388,9 +398,32 @@ impl Family {
                         std::mem::forget(lost);
                     }
                 }
+                Command::Recall {
+                    space,
+                    image,
+                    ranges,
+                    answer,
+                } => {
+                    // Whoever asked has given up: so be it.
+                    let _ = answer.send(self.recall(space, image, &ranges));
+                }
                 Command::Identify(probe) => self.probes.push(probe),
             }
         }
+    }
+
+    fn recall(&mut self, id: SpaceId, image: ImageId, ranges: &[(u64, u64)]) -> bool {
+        let Some(index) = self.index_of(id) else { return false };
+        let idle = self.in_hand.is_empty() && self.holders.get(&image).is_some_and(|h| h.store.is_idle());
+        let space = &mut self.spaces[index];
+        if space.ahead.is_none() || !space.map.is_drained() || !idle {
+            return false;
+        }
+        for (start, pages) in ranges {
+            space.map.recall(*start, *pages, image);
+        }
+        space.shared.status().away = space.map.per_image().clone();
+        true
     }
 
     fn withdraw(&mut self, index: usize) -> Option<Withdrawn> {
@@ -402,7 +435,12 @@ impl Family {
         let mut space = self.spaces.remove(index);
         space.map.forget_asked();
         let claim_of = |image: &ImageId| (*image, self.holders.get(image).map(|h| h.claim.clone()));
-        let held = space.map.per_image().keys().map(claim_of).collect();
+        let held = if space.ahead.is_some() {
+            // Pages may be called back from images that hold none at the moment.
+            space.map.images().map(|image| claim_of(&image)).collect()
+        } else {
+            space.map.per_image().keys().map(claim_of).collect()
+        };
         self.registry.spaces().remove(&space.shared.id);
         self.observer.finished(space.shared.id, Finish::Withdrawn);
         space.shared.finish(Finish::Withdrawn);
@@ -439,7 +477,7 @@ impl Family {
     fn settle_accounts(&mut self) {
         for index in (0..self.spaces.len()).rev() {
             let space = &mut self.spaces[index];
-            if space.map.is_drained() && !space.has_waiting() {
+            if space.map.is_drained() && !space.has_waiting() && space.ahead.is_none() {
                 space.unregister();
                 // Somebody may hold a copy of the descriptor: then closing ours frees no one who waits for an event
                 // to be read.
@@ -452,7 +490,8 @@ impl Family {
             }
         }
         for (image, holder) in &mut self.holders {
-            let needed = self.spaces.iter().any(|s| s.map.per_image().contains_key(image));
+            let needed = |s: &Space| s.ahead.is_some() || s.map.per_image().contains_key(image);
+            let needed = self.spaces.iter().any(needed);
             if !needed && Arc::strong_count(&holder.claim) == 1 {
                 // First: it may be gone when a later daemon asks for what of it was not needed.
                 if !std::mem::replace(&mut holder.done, true) {

@@ -166,8 +166,10 @@ impl Lane {
         !self.surplus.is_empty()
     }
 
-    /// One whole reply, if it is here.
-    pub(super) fn receive(&mut self, pool: &mut Pool) -> io::Result<Option<Reply>> {
+    /// One whole reply, if it is here. Reads no more than about `most` bytes: what is still missing then is left for the
+    /// next call.
+    pub(super) fn receive(&mut self, most: usize, pool: &mut Pool) -> io::Result<Option<Reply>> {
+        let mut left = most;
         loop {
             if self.filled >= REPLY_BYTES && self.reply.is_none() {
                 self.reply = Some(self.expect()?);
@@ -189,6 +191,10 @@ impl Lane {
                 + self
                     .reply
                     .map_or_else(|| self.asked.front().map_or(0, hoped_bytes), |h| h.payload_bytes());
+            if left == 0 {
+                return Ok(None);
+            }
+            let hope = hope.min(self.filled.saturating_add(left).max(REPLY_BYTES));
             let read = if self.surplus.is_empty() {
                 let in_header = self.filled.min(REPLY_BYTES);
                 let in_payload = self.filled - in_header;
@@ -207,6 +213,7 @@ impl Lane {
                 self.take_surplus(hope)
             };
             self.filled += read;
+            left = left.saturating_sub(read);
         }
     }
 

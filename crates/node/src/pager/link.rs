@@ -61,6 +61,9 @@ enum State {
 struct Lanes {
     faults: Lane,
     bulk: Lane,
+    /// The bulk is asked for in batches: from when half of what was asked has come until the window is full. One write
+    /// then carries many requests, and one wake serves them.
+    filling: bool,
 }
 
 impl Link {
@@ -123,6 +126,7 @@ impl Link {
         let mut lanes = Lanes {
             faults: Lane::new(faults, pool),
             bulk: Lane::new(bulk, pool),
+            filling: true,
         };
         for (start, pages) in &self.survey {
             lanes.bulk.ask_scan(*start, *pages);
@@ -154,7 +158,7 @@ impl Store for Link {
 
     fn has_room(&self) -> bool {
         match &self.state {
-            State::Up(lanes) => lanes.bulk.outstanding() < WINDOW && !self.releasing,
+            State::Up(lanes) => lanes.filling && !self.releasing,
             State::Connecting(_) | State::Pausing(_) | State::Broken { .. } | State::Released => false,
         }
     }
@@ -162,6 +166,16 @@ impl Store for Link {
     fn wanted(&mut self, want: Want, urgency: Urgency) {
         if let Some(lane) = self.lane(urgency) {
             lane.ask_pages(want);
+        }
+        if let State::Up(lanes) = &mut self.state {
+            lanes.filling &= lanes.bulk.outstanding() < WINDOW;
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        match &self.state {
+            State::Up(lanes) => lanes.faults.outstanding() == 0 && lanes.bulk.outstanding() == 0,
+            State::Connecting(_) | State::Pausing(_) | State::Broken { .. } | State::Released => false,
         }
     }
 
@@ -204,15 +218,15 @@ impl Store for Link {
         }
     }
 
-    fn poll_set<'a>(&'a self, add: &mut dyn FnMut(BorrowedFd<'a>, PollFlags)) {
+    fn poll_set<'a>(&'a self, bulk: bool, add: &mut dyn FnMut(BorrowedFd<'a>, PollFlags)) {
         if let State::Up(lanes) = &self.state {
-            for lane in [&lanes.faults, &lanes.bulk] {
-                let write = if lane.wants_to_write() {
-                    PollFlags::OUT
-                } else {
-                    PollFlags::empty()
-                };
-                add(lane.as_fd(), PollFlags::IN | write);
+            for (lane, read) in [(&lanes.faults, true), (&lanes.bulk, bulk)] {
+                let mut flags = PollFlags::empty();
+                flags.set(PollFlags::IN, read);
+                flags.set(PollFlags::OUT, lane.wants_to_write());
+                if !flags.is_empty() {
+                    add(lane.as_fd(), flags);
+                }
             }
         }
     }
@@ -238,7 +252,7 @@ impl Store for Link {
         }
     }
 
-    fn take(&mut self, urgency: Urgency, pool: &mut Pool) -> Option<Arrival> {
+    fn take(&mut self, urgency: Urgency, most: usize, pool: &mut Pool) -> Option<Arrival> {
         match &mut self.state {
             State::Connecting(result) => match result.try_recv() {
                 Ok(Ok(streams)) => {
@@ -259,9 +273,10 @@ impl Store for Link {
                     Urgency::Now => &mut lanes.faults,
                     Urgency::Later => &mut lanes.bulk,
                 };
-                match lane.flush().and_then(|()| lane.receive(pool)) {
+                match lane.flush().and_then(|()| lane.receive(most, pool)) {
                     Ok(None) => return None,
                     Ok(Some(Reply::Pages { want, present, data })) => {
+                        lanes.filling |= lanes.bulk.outstanding() <= WINDOW / 2;
                         // Not earlier: a holder that accepts and breaks is not to be asked at full speed.
                         self.backoff = BACKOFF.0;
                         return Some(Arrival::Pages { want, present, data });

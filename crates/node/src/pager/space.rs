@@ -9,7 +9,9 @@ use super::stats::Shared;
 use dunlin_cluster::page_map::{PAGE, PageMap, Place, Want};
 use dunlin_proto::ids::ImageId;
 use dunlin_sys::uffd::{Change, Event, Installed, Stop, Uffd, UffdError};
+use dunlin_sys::vmcopy;
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -35,6 +37,8 @@ pub(super) struct Space {
     pub(super) recheck: bool,
     streams: [Stream; STREAMS],
     unregistered: bool,
+    /// Its program does not run yet: what is there is overwritten.
+    pub(super) ahead: Option<File>,
     /// Counts the changes of the space that have been applied.
     changes: u64,
     /// This page was in no registered mapping when the space had changed so many times.
@@ -94,6 +98,7 @@ impl Space {
             recheck: false,
             streams: [Stream::default(); STREAMS],
             unregistered: false,
+            ahead: None,
             changes: 0,
             strike: None,
         }
@@ -288,6 +293,19 @@ impl Space {
                     chunk = (part.len() / PAGE as usize / 2).max(1) * PAGE as usize;
                 }
                 Some(Stop::NotRegistered) if !self.strikes(at) => return Ok(Outcome::Changing),
+                Some(Stop::Exists) if self.ahead.is_some() => {
+                    let over = &part[..PAGE as usize];
+                    if self
+                        .ahead
+                        .as_ref()
+                        .is_some_and(|memory| vmcopy::write(memory, at, over).is_err())
+                    {
+                        return Ok(Outcome::Gone);
+                    }
+                    self.settle_installed(at, 1);
+                    done += PAGE as usize;
+                    chunk = data.len();
+                }
                 // It is here already (a guard page, for one), or can never be: nobody waits for this copy.
                 Some(Stop::NotRegistered | Stop::Exists) | None => {
                     self.map.settle(at, 1);

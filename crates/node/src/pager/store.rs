@@ -46,6 +46,8 @@ pub(super) trait Store {
     fn has_room(&self) -> bool;
     /// A page is wanted for reading or writing.
     fn wanted(&mut self, want: Want, urgency: Urgency);
+    /// It is up and nothing that it was asked is still to come.
+    fn is_idle(&self) -> bool;
     /// Is something that was wanted now still to come?
     fn is_urgent(&self) -> bool;
     /// The page has been asked for and will be here about as soon as if it were asked for again.
@@ -56,14 +58,15 @@ pub(super) trait Store {
     fn release(&mut self);
     /// Sends what has been asked for.
     fn flush(&mut self);
-    /// What to wait for: calls `add` for each descriptor.
-    fn poll_set<'a>(&'a self, add: &mut dyn FnMut(BorrowedFd<'a>, PollFlags));
+    /// What to wait for, the bulk only if that is to be taken: calls `add` for each descriptor.
+    fn poll_set<'a>(&'a self, bulk: bool, add: &mut dyn FnMut(BorrowedFd<'a>, PollFlags));
     /// Something is there to be taken without waiting.
     fn is_ready(&self) -> bool;
     /// When it wants [`Store::tick`], whatever arrives.
     fn next_tick(&self) -> Option<Duration>;
     /// Time has passed.
     fn tick(&mut self, now: Instant);
-    /// The next thing that arrived, of what was asked for `urgency`.
-    fn take(&mut self, urgency: Urgency, pool: &mut Pool) -> Option<Arrival>;
+    /// The next thing that arrived, of what was asked for `urgency`. About `most` bytes are read for it; if that is not
+    /// all of it, the rest is left for the next call.
+    fn take(&mut self, urgency: Urgency, most: usize, pool: &mut Pool) -> Option<Arrival>;
 }

@@ -7,14 +7,14 @@ use super::store::{Arrival, Urgency};
 use super::{Finish, SpaceId};
 use dunlin_cluster::page_map::{PAGE, Want};
 use dunlin_proto::ids::ImageId;
+use dunlin_proto::pages::PAGE_BYTES;
 use dunlin_sys::pagemap;
 use std::time::{Duration, Instant};
 
 /// When so many pages have come on the faults connection, events are looked at again.
 const PAGES_PER_TURN: u32 = 64;
-/// The bulk is left lying for so long while a page is awaited on the faults connection. It takes about as long to
-/// install one piece of it: a program that faults all the time and the drain share the pager.
-const STAND_BACK: Duration = Duration::from_micros(150);
+/// The bulk is left lying for so long while a page is awaited on the faults connection.
+pub(super) const STAND_BACK: Duration = Duration::from_micros(150);
 
 impl Family {
     /// A thread of a space waits for a page: answers it, or asks for it and for what is likely to be next.
@@ -31,7 +31,7 @@ impl Family {
                 return Outcome::Gone;
             }
         };
-        self.last_fault = Some(Instant::now());
+        self.pace.fault(Instant::now());
         self.spaces[index].map.faulted(page);
         let Some(holder) = self.holders.get(&image).filter(|h| h.store.is_up()) else {
             return Outcome::Done;
@@ -77,7 +77,7 @@ impl Family {
             }
             let mut pages = 0;
             while pages < PAGES_PER_TURN {
-                let Some(arrival) = self.take(image, Urgency::Now) else {
+                let Some(arrival) = self.take(image, Urgency::Now, usize::MAX) else {
                     break;
                 };
                 if let Arrival::Pages { present, .. } = &arrival {
@@ -87,29 +87,68 @@ impl Family {
             }
             // While something cannot be installed, more of the same would only pile up; and while a program waits,
             // the bulk stands back, but not for ever.
-            if self.in_hand.is_empty()
-                && !self.stands_back(image, now)
-                && let Some(arrival) = self.take(image, Urgency::Later)
-            {
-                self.arrived(image, arrival);
+            if self.in_hand.is_empty() && !self.bulk_waits(image, now) {
+                let most = self.pace.step_pages(now) as usize * PAGE_BYTES;
+                match self.take(image, Urgency::Later, most) {
+                    Some(Arrival::Pages { want, present, data }) => {
+                        self.install_in_steps(image, InHand { want, present, data });
+                    }
+                    Some(arrival) => self.arrived(image, arrival),
+                    None => {}
+                }
+                self.pace.stepped();
             }
         }
     }
 
-    fn stands_back(&mut self, image: ImageId, now: Instant) -> bool {
-        let Some(holder) = self.holders.get_mut(&image).filter(|h| h.store.is_urgent()) else {
-            return false;
-        };
-        let since = *holder.bulk_waits_since.get_or_insert(now);
-        let back = now.duration_since(since) < STAND_BACK;
-        if !back {
-            holder.bulk_waits_since = None;
+    /// Installs a piece of the bulk; between the steps, faults are read and answered.
+    fn install_in_steps(&mut self, image: ImageId, piece: InHand) {
+        let InHand { want, present, data } = piece;
+        let mut bit = 0;
+        while bit < 64 && want.pages >> bit != 0 {
+            let step = self.pace.step_pages(Instant::now());
+            if step == 64 && bit == 0 {
+                return self.install(InHand { want, present, data });
+            }
+            let mask = (u64::MAX >> (64 - step)) << bit;
+            let part = Want {
+                pages: want.pages & mask,
+                ..want
+            };
+            // Bits count from the first page, and so do the data: both stay as they are.
+            let outcome = self.install_part(part, present, &data);
+            bit += step;
+            self.pace.stepped();
+            if outcome == Outcome::Changing {
+                // The rest, too, is decided after the events.
+                return self.in_hand.push_back(InHand { want, present, data });
+            }
+            let spaces: Vec<SpaceId> = self.spaces.iter().map(|s| s.shared.id).collect();
+            self.read_events(&spaces);
+            while let Some(arrival) = self.take(image, Urgency::Now, usize::MAX) {
+                self.arrived(image, arrival);
+            }
         }
-        back
+        self.pool.give(data);
     }
 
-    fn take(&mut self, image: ImageId, urgency: Urgency) -> Option<Arrival> {
-        self.holders.get_mut(&image)?.store.take(urgency, &mut self.pool)
+    /// Is the bulk left lying this time?
+    fn bulk_waits(&mut self, image: ImageId, now: Instant) -> bool {
+        let Some(holder) = self.holders.get_mut(&image) else {
+            return true;
+        };
+        if holder.store.is_urgent() {
+            holder.bulk_waits_since.get_or_insert(now);
+        }
+        let waits = holder.stands_back(now).is_some();
+        if !waits {
+            holder.bulk_waits_since = None;
+        }
+        waits
+    }
+
+    fn take(&mut self, image: ImageId, urgency: Urgency, most: usize) -> Option<Arrival> {
+        self.holders.get_mut(&image)?.store.take(urgency, most, &mut self.pool)
     }
 
     fn arrived(&mut self, image: ImageId, arrival: Arrival) {
@@ -161,10 +200,18 @@ impl Family {
     }
 
     fn install(&mut self, piece: InHand) {
+        match self.install_part(piece.want, piece.present, &piece.data) {
+            Outcome::Changing => self.in_hand.push_back(piece),
+            Outcome::Done | Outcome::Short | Outcome::Gone => self.pool.give(piece.data),
+        }
+    }
+
+    /// Installs the pages of `want` in every space; [`Outcome::Changing`] if some space wants it decided again.
+    fn install_part(&mut self, want: Want, present: u64, data: &[u8]) -> Outcome {
         let mut again = false;
         for index in (0..self.spaces.len()).rev() {
-            let watch = self.watch_probes(index, &piece);
-            let outcome = self.spaces[index].install(piece.want, piece.present, &piece.data);
+            let watch = self.watch_probes(index, want, present);
+            let outcome = self.spaces[index].install(want, present, data);
             self.look_at_probes(index, watch);
             match outcome {
                 Ok(Outcome::Done) => {}
@@ -178,11 +225,7 @@ impl Family {
                 Err(error) => self.lose(index, &error),
             }
         }
-        if again {
-            self.in_hand.push_back(piece);
-        } else {
-            self.pool.give(piece.data);
-        }
+        if again { Outcome::Changing } else { Outcome::Done }
     }
 
     pub(super) fn retry(&mut self) {
@@ -236,12 +279,12 @@ impl Family {
 
     /// A page that this space is about to get, if its process is not known and processes are sought: the page, and
     /// which of them lack it.
-    fn watch_probes(&self, index: usize, piece: &InHand) -> Option<(u64, Vec<bool>)> {
+    fn watch_probes(&self, index: usize, want: Want, present: u64) -> Option<(u64, Vec<bool>)> {
         if self.probes.is_empty() || self.spaces[index].shared.status().pid.is_some() {
             return None;
         }
-        let targets = self.spaces[index].map.targets(piece.want);
-        let target = targets.iter().find(|t| piece.present >> t.bit & 1 == 1)?;
+        let targets = self.spaces[index].map.targets(want);
+        let target = targets.iter().find(|t| present >> t.bit & 1 == 1)?;
         Some((
             target.address,
             self.probes.iter().map(|p| !has_page(p, target.address)).collect(),

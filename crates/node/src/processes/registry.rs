@@ -10,9 +10,6 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// An echo that has not come by then does not come.
-const ECHO_WITHIN: Duration = Duration::from_secs(1);
-
 /// What a hidden task is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HiddenKind {
@@ -28,13 +25,14 @@ pub enum HiddenKind {
     Leaving,
 }
 
-/// A job-control change that this daemon causes in a surrogate, and that its surrogate will therefore report.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Echo {
-    /// A stop.
-    Stop,
-    /// A continue.
-    Continue,
+/// What is known of a surrogate's stops and continuations (see [`crate::signals::orders`]).
+#[derive(Debug, Default)]
+pub struct JobControl {
+    /// It is stopped, by what was passed on to its process or taken from it. Where the kernel says otherwise, somebody
+    /// here has done that and it is not passed on yet.
+    pub stopped: bool,
+    /// The number of the last order that it gave its process; 0: none yet.
+    pub last_order: u64,
 }
 
 #[derive(Debug)]
@@ -42,8 +40,7 @@ struct HiddenTask {
     kind: HiddenKind,
     /// When it became that.
     since: Instant,
-    /// When each was announced.
-    echoes: Vec<(Echo, Instant)>,
+    job: Arc<Mutex<JobControl>>,
 }
 
 /// The tasks of the nest that are no programs.
@@ -53,9 +50,10 @@ pub struct Hidden(Mutex<BTreeMap<Pid, HiddenTask>>);
 impl Hidden {
     /// From now on `pid` is hidden; a second call changes its kind.
     pub fn insert(&self, pid: Pid, kind: HiddenKind) {
-        let echoes = Vec::new();
         let since = Instant::now();
-        self.lock().insert(pid, HiddenTask { kind, since, echoes });
+        let mut tasks = self.lock();
+        let job = tasks.get(&pid).map(|task| task.job.clone()).unwrap_or_default();
+        tasks.insert(pid, HiddenTask { kind, since, job });
     }
 
     /// From now on `pid` is a process, or nothing. Says what it was.
@@ -75,22 +73,16 @@ impl Hidden {
         found.map(|(pid, _)| *pid).collect()
     }
 
-    /// Announces that the surrogate is about to be stopped or continued *because* the process it stands for was: its
-    /// report of that must not be sent to the process again, where by then the opposite may be true.
-    pub fn expect_echo(&self, pid: Pid, echo: Echo) {
-        if let Some(task) = self.lock().get_mut(&pid) {
-            task.echoes.push((echo, Instant::now()));
-        }
+    /// Its stops and continuations. Who holds the lock may stop or continue it.
+    pub fn job(&self, pid: Pid) -> Option<Arc<Mutex<JobControl>>> {
+        self.lock().get(&pid).map(|task| task.job.clone())
     }
 
-    /// Was this report announced? Each announcement is good for one.
-    pub fn take_echo(&self, pid: Pid, echo: Echo) -> bool {
-        let mut tasks = self.lock();
-        let Some(task) = tasks.get_mut(&pid) else { return false };
-        // A surrogate's states are looked at from time to time only: a short stop may never be reported.
-        task.echoes.retain(|(_, since)| since.elapsed() < ECHO_WITHIN);
-        let first = task.echoes.iter().position(|(e, _)| *e == echo);
-        first.map(|index| task.echoes.remove(index)).is_some()
+    /// It was made stopped, as its process is.
+    pub fn is_stopped(&self, pid: Pid, stopped: bool) {
+        if let Some(job) = self.job(pid) {
+            job.lock().unwrap_or_else(|e| e.into_inner()).stopped = stopped;
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<Pid, HiddenTask>> {
@@ -166,14 +158,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_echo_is_swallowed_once() {
+    fn what_a_task_is_changes_and_its_job_does_not() {
         let hidden = Hidden::default();
-        hidden.insert(Pid(129), HiddenKind::Departed);
-        hidden.expect_echo(Pid(129), Echo::Stop);
-        assert!(!hidden.take_echo(Pid(129), Echo::Continue));
-        assert!(hidden.take_echo(Pid(129), Echo::Stop));
-        assert!(!hidden.take_echo(Pid(129), Echo::Stop));
-        hidden.expect_echo(Pid(130), Echo::Stop);
-        assert!(!hidden.take_echo(Pid(130), Echo::Stop));
+        hidden.insert(Pid(129), HiddenKind::Relative);
+        hidden.is_stopped(Pid(129), true);
+        hidden.insert(Pid(129), HiddenKind::Leaving);
+        assert!(hidden.job(Pid(129)).unwrap().lock().unwrap().stopped);
+        assert_eq!(hidden.remove(Pid(129)), Some(HiddenKind::Leaving));
+        assert!(hidden.job(Pid(129)).is_none());
+        hidden.insert(Pid(129), HiddenKind::Relative);
+        assert!(!hidden.job(Pid(129)).unwrap().lock().unwrap().stopped);
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Owns the order of the steps. Each step is in a file of its own.
 
+use super::mappings::Remade;
 use super::{During, Kit, RestoreError, descriptors, mappings, signals, threads, traits};
 use crate::capture::held::Note;
 use crate::capture::{SCRIPT_MASK, parked};
@@ -135,11 +136,16 @@ impl Blank {
         Ok(blank)
     }
 
-    /// Corrects what has changed since the plan, puts everything of the freeze in place and verifies it.
-    pub fn load(&mut self, essence: &Essence, kit: &mut Kit<'_>) -> Result<(), RestoreError> {
+    /// Corrects what has changed since the plan, puts everything of the freeze in place and verifies it. `stale` are the
+    /// pages that came ahead in vain (first address, number of pages).
+    pub fn load(&mut self, essence: &Essence, stale: &[(u64, u64)], kit: &mut Kit<'_>) -> Result<Remade, RestoreError> {
         kit.options = self.options;
+        let mut remade = Remade::default();
         if let Some(space) = &essence.space {
-            mappings::correct(self, space, kit)?;
+            remade = mappings::correct(self, space, kit)?;
+        }
+        if !stale.is_empty() {
+            mappings::drop_stale(self, stale)?;
         }
         if let Some(files) = &essence.files {
             descriptors::correct(self, files, kit)?;
@@ -161,7 +167,7 @@ impl Blank {
         threads::make(self, essence.threads.iter().map(|t| t.tid), kit)?;
         threads::end_others(self, &essence.threads)?;
         threads::load(self, essence, kit)?;
-        Ok(())
+        Ok(remade)
     }
 
     /// What needs pages that may be elsewhere. The caller has taken [`Blank::pages`] into the pager before.
@@ -209,6 +215,11 @@ impl Blank {
     pub fn pages(&self) -> Result<(Uffd, Vec<(u64, u64)>), RestoreError> {
         let uffd = self.uffd.try_clone().during(self.pid, "copying its userfaultfd")?;
         Ok((uffd, mappings::demanded(&self.image.space.mappings)))
+    }
+
+    /// Its memory, to be written by whoever brings pages before it runs.
+    pub fn memory(&self) -> std::io::Result<File> {
+        self.memory.try_clone()
     }
 
     /// Ends a blank that will not be resumed.

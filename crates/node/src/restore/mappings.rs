@@ -337,8 +337,17 @@ pub fn describe(blank: &Blank, space: &Space) -> Result<(), RestoreError> {
     blank.run(blank.host, script, "describing its address space")
 }
 
+/// What became of the anonymous memory of a blank: ranges (first address, address after the last).
+#[derive(Debug, Default)]
+pub struct Remade {
+    /// Unmapped, and whatever was there with it.
+    pub gone: Vec<(u64, u64)>,
+    /// Mapped anew, and empty.
+    pub come: Vec<(u64, u64)>,
+}
+
 /// Makes the address space what it is inside the freeze.
-pub fn correct(blank: &mut Blank, space: &Space, kit: &mut Kit<'_>) -> Result<(), RestoreError> {
+pub fn correct(blank: &mut Blank, space: &Space, kit: &mut Kit<'_>) -> Result<Remade, RestoreError> {
     let pid = blank.pid;
     let plain = |m: &&Mapping| !matches!(m.kind, MappingKind::Kernel(_));
     // Files are compared by what they are, not by their index.
@@ -355,19 +364,28 @@ pub fn correct(blank: &mut Blank, space: &Space, kit: &mut Kit<'_>) -> Result<()
             && key(old, a) == key(space, b)
     };
     let old_space = blank.image.space.clone();
-    let gone: Vec<&Mapping> = old_space
-        .mappings
+    // Where anonymous memory has only grown or shrunk, what stays of it stays: it may hold pages.
+    let old = cut_at(&old_space.mappings, &space.mappings);
+    let new = cut_at(&space.mappings, &old_space.mappings);
+    let gone: Vec<&Mapping> = old
         .iter()
         .filter(plain)
-        .filter(|a| !space.mappings.iter().any(|b| same(a, b, &old_space)))
+        .filter(|a| !new.iter().any(|b| same(a, b, &old_space)))
         .collect();
-    let come: Vec<Mapping> = space
-        .mappings
+    let come: Vec<Mapping> = new
         .iter()
         .filter(plain)
-        .filter(|b| !old_space.mappings.iter().any(|a| same(a, b, &old_space)))
+        .filter(|b| !old.iter().any(|a| same(a, b, &old_space)))
         .cloned()
         .collect();
+    let ranges = |all: &mut dyn Iterator<Item = &Mapping>| {
+        let anonymous = all.filter(|m| m.kind == MappingKind::Anonymous);
+        anonymous.map(|m| (m.start, m.end)).collect()
+    };
+    let remade = Remade {
+        gone: ranges(&mut gone.iter().copied()),
+        come: ranges(&mut come.iter()),
+    };
     if space
         .mappings
         .iter()
@@ -420,7 +438,60 @@ pub fn correct(blank: &mut Blank, space: &Space, kit: &mut Kit<'_>) -> Result<()
                 .during(pid, "writing pages of file mappings")?;
         }
     }
-    describe(blank, space)
+    describe(blank, space)?;
+    Ok(remade)
+}
+
+/// Anonymous mappings, cut where mappings of `other` begin and end.
+fn cut_at(mappings: &[Mapping], other: &[Mapping]) -> Vec<Mapping> {
+    let borders: BTreeSet<u64> = other.iter().flat_map(|m| [m.start, m.end]).collect();
+    let mut cut = Vec::with_capacity(mappings.len());
+    for m in mappings {
+        let mut rest = m.clone();
+        if m.kind == MappingKind::Anonymous {
+            for border in borders.range(m.start + 1..m.end) {
+                cut.push(Mapping {
+                    end: *border,
+                    ..rest.clone()
+                });
+                rest.start = *border;
+            }
+        }
+        cut.push(rest);
+    }
+    cut
+}
+
+/// Drops pages of anonymous memory (first address, number of pages): they were copied before they were written last.
+/// Nobody serves the blank's memory meanwhile.
+pub fn drop_stale(blank: &Blank, stale: &[(u64, u64)]) -> Result<(), RestoreError> {
+    let regions = demanded(&blank.image.space.mappings);
+    // A drop is reported to the userfaultfd, and waits until the report is read.
+    for (start, end) in &regions {
+        blank
+            .uffd
+            .unregister(*start, end - start)
+            .during(blank.pid, "unregistering")?;
+    }
+    let mut script = Script::new(&blank.foothold.arena);
+    for (start, pages) in stale {
+        if !script.has_room() {
+            blank.run(blank.host, script, "dropping stale pages")?;
+            script = Script::new(&blank.foothold.arena);
+        }
+        let inside = regions.iter().any(|(s, e)| s <= start && start + pages * 4096 <= *e);
+        if inside {
+            script.call("madvise", SYS_MADVISE, &[*start, pages * 4096, MADV_DONTNEED]);
+        }
+    }
+    blank.run(blank.host, script, "dropping stale pages")?;
+    for (start, end) in &regions {
+        blank
+            .uffd
+            .register(*start, end - start, Watch::MISSING)
+            .during(blank.pid, "registering its memory")?;
+    }
+    Ok(())
 }
 
 /// Makes pages of private file mappings the file's own again.

@@ -4,7 +4,7 @@
 //! peer runs in a thread of its own. Invariants: where the nest has a task of that number, a surrogate too, the kernel carries the
 //! call out; else the answer is what the kernel would say on the node where the process is.
 
-use super::send;
+use super::{Sent, send};
 use crate::daemon::node::Node;
 use crate::nest::Response;
 use dunlin_proto::control::FailureKind;
@@ -94,7 +94,13 @@ fn carry_out(node: &Arc<Node>, tid: Pid, wanted: Wanted) -> Result<(), Errno> {
         }
         Payload::At(address) => of_caller(node, tid, address, signal)?,
     };
-    match send(node, pid, signal, Some(&info), caller) {
+    let sent = Sent {
+        signal,
+        info: Some(&info),
+        by: caller,
+        order: None,
+    };
+    match send(node, pid, sent) {
         Ok(()) => Ok(()),
         Err(failure) => Err(match failure.kind {
             FailureKind::NoProcess => Errno::SRCH,

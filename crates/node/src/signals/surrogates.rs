@@ -5,31 +5,29 @@
 //! here is a surrogate (it ends, stops, goes on) is told to the child's home and to the node of the parent, where the
 //! child's surrogates do the same, and so the parent's own kernel tells it.
 //!
-//! Invariant: a stop or continue that this daemon caused in a surrogate, to show there what the process does, is not
-//! passed back to the process ([`crate::processes::Hidden::expect_echo`]).
+//! Invariants: a stop or continuation that this daemon caused in a surrogate, to show there what the process does, is not
+//! passed back to the process; any other is an order ([`super::orders`]) of its own.
 
-use super::{number, send};
+use super::{Sent, number, orders, send};
 use crate::daemon::node::{Node, Place};
 use crate::nest::NestEvent;
-use crate::processes::{Echo, HiddenKind};
+use crate::processes::HiddenKind;
 use dunlin_proto::control::{ExitStatus, FailureKind};
 use dunlin_proto::ids::{Pid, Slot};
 use dunlin_proto::peer::{Caller, Change, PeerReply, PeerRequest};
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 /// From the kernel itself.
 const SI_KERNEL: i32 = 0x80;
+/// From sigqueue(3), with a value.
+const SI_QUEUE: i32 = -1;
 
 /// Acts on one report. May wait for peers.
 pub fn act(node: &Arc<Node>, event: NestEvent) {
     match event {
         NestEvent::SurrogateSignal { pid, siginfo } => signal(node, pid, &siginfo),
-        NestEvent::SurrogateStopped { pid } => {
-            if !node.hidden.take_echo(pid, Echo::Stop) {
-                pass_on(node, pid, number::STOP, None);
-            }
-        }
+        NestEvent::SurrogateStopped { pid } => stopped(node, pid),
         // The SIGCONT that did it is reported as a signal too.
         NestEvent::SurrogateContinued { .. } => {}
         NestEvent::SurrogateGone { pid } => gone(node, pid),
@@ -53,19 +51,62 @@ fn signal(node: &Arc<Node>, pid: Pid, info: &[u8; 128]) {
     if of_terminal && node.runs.of(pid).is_some_and(|run| run.has_terminal()) {
         return;
     }
-    // From outside the nest (0): from this daemon, perhaps.
-    if signal == number::CONT && sender == 0 && node.hidden.take_echo(pid, Echo::Continue) {
+    if signal != number::CONT {
+        return pass_on(node, pid, signal, Some(info), None);
+    }
+    if info[..32] == own_continuation(node)[..32] {
         return;
     }
-    pass_on(node, pid, signal, Some(info));
+    if let Some(job) = node.hidden.job(pid) {
+        let order = {
+            let mut job = job.lock().unwrap_or_else(PoisonError::into_inner);
+            job.stopped = false;
+            job.last_order = orders::next_number();
+            job.last_order
+        };
+        pass_on(node, pid, signal, Some(info), Some(order));
+    }
 }
 
-fn pass_on(node: &Arc<Node>, pid: Pid, signal: i32, info: Option<&[u8; 128]>) {
+/// A surrogate was seen stopped. It may have been continued since, of which there will be a report.
+fn stopped(node: &Arc<Node>, pid: Pid) {
+    let (Some(job), Ok(Some(host))) = (node.hidden.job(pid), node.nest.host_pid(pid)) else {
+        return;
+    };
+    let order = {
+        let mut job = job.lock().unwrap_or_else(PoisonError::into_inner);
+        if job.stopped || orders::is_stopped(host) != Some(true) {
+            return;
+        }
+        job.stopped = true;
+        job.last_order = orders::next_number();
+        job.last_order
+    };
+    pass_on(node, pid, number::STOP, None, Some(order));
+}
+
+/// The payload of a SIGCONT by which this daemon continues a surrogate: the kernel lets nobody in the nest have sender 0
+/// and know the value. (What comes after it in a siginfo is nothing.)
+pub fn own_continuation(node: &Node) -> [u8; 128] {
+    let mut info = [0u8; 128];
+    info[0..4].copy_from_slice(&number::CONT.to_ne_bytes());
+    info[8..12].copy_from_slice(&SI_QUEUE.to_ne_bytes());
+    info[24..32].copy_from_slice(&node.boot.to_ne_bytes());
+    info
+}
+
+fn pass_on(node: &Arc<Node>, pid: Pid, signal: i32, info: Option<&[u8; 128]>, order: Option<u64>) {
     // Nobody's any more: it has become the process, which was sent the signal with the rest of what it had.
     if node.hidden.kind(pid).is_none() {
         return;
     }
-    match send(node, pid, signal, info, Caller::SYSTEM) {
+    let sent = Sent {
+        signal,
+        info,
+        by: Caller::SYSTEM,
+        order,
+    };
+    match send(node, pid, sent) {
         Ok(()) => {}
         Err(failure) if failure.kind == FailureKind::NoProcess => {}
         Err(failure) => tracing::warn!("signal {signal} to process {pid} is lost: {}", failure.message),
@@ -76,7 +117,7 @@ fn pass_on(node: &Arc<Node>, pid: Pid, signal: i32, info: Option<&[u8; 128]>) {
 fn gone(node: &Arc<Node>, pid: Pid) {
     match node.hidden.kind(pid) {
         Some(HiddenKind::Departed | HiddenKind::Relative) => {
-            pass_on(node, pid, number::KILL, None);
+            pass_on(node, pid, number::KILL, None, None);
             node.hidden.remove(pid);
         }
         Some(HiddenKind::Keeper | HiddenKind::Blank | HiddenKind::Leaving) | None => {}
@@ -114,8 +155,30 @@ fn child(node: &Arc<Node>, parent: Pid, info: &[u8; 128]) {
         told.extend(home);
     }
     told.remove(&node.slot);
+    if told.is_empty() {
+        return;
+    }
+    // What it had obeyed, and that it is so then, is read with nobody signalling it. If it is not so any more, the report
+    // of what it is now is on its way.
+    let host = node.nest.host_pid(child).ok().flatten();
+    let (obeyed, is_old) = node.mover.orders.looking(child, |obeyed| {
+        let stopped = host.and_then(orders::is_stopped);
+        let is_old = match change {
+            Change::Ended(_) => false,
+            Change::Stopped => stopped == Some(false),
+            Change::Continued => stopped == Some(true),
+        };
+        (obeyed.clone(), is_old)
+    });
+    if is_old {
+        return;
+    }
     for slot in told {
-        match node.peers.call(slot, &PeerRequest::ChildChanged { child, change }) {
+        let after = obeyed.get(&slot).copied().unwrap_or(0);
+        match node
+            .peers
+            .call(slot, &PeerRequest::ChildChanged { child, change, after })
+        {
             Ok(PeerReply::Done) => {}
             Ok(other) => tracing::warn!("node {} on the child {child}: {other:?}", node.peers.name(slot)),
             Err(e) => tracing::warn!("process {parent} may not hear of its child {child}: {e}"),

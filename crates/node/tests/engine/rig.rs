@@ -205,6 +205,8 @@ fn serve(mover: &Arc<Mover>, from: Slot, purpose: Purpose, mut stream: TcpStream
         Purpose::Rpc => {
             while let Ok(request) = frame::read::<PeerRequest>(&mut stream) {
                 let reply = match request {
+                    PeerRequest::Ahead { by, pid } => mover.ahead_here(by, pid),
+                    PeerRequest::Recall { by, pid, ranges } => mover.recall_here(by, pid, ranges),
                     PeerRequest::Drain { pid } => PeerReply::Drain(mover.drain_here(pid)),
                     PeerRequest::Examine { plans } => PeerReply::Obstacles(mover.examine_plans(&plans).unwrap()),
                     PeerRequest::Clocks => PeerReply::Clocks(dunlin_node::mover::raw_clocks()),

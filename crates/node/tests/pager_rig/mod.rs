@@ -220,6 +220,7 @@ pub fn adopt_with(
         observer,
         claims,
         journal: None,
+        ahead: None,
     };
     pager.adopt(new).map_err(|(e, _)| e).unwrap()
 }
