@@ -517,7 +517,7 @@ pub(super) fn leave_image(
     Ok(LeftBehind {
         keeper,
         leader,
-        foothold: foothold,
+        foothold,
     })
 }
 
