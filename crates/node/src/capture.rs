@@ -16,8 +16,9 @@ pub mod space;
 mod surroundings;
 mod threads;
 mod trap;
+mod writes;
 
-pub use ahead::{Run, demanded};
+pub use ahead::{Run, Watch, demanded};
 pub use descriptors::Met;
 pub use sleep::{made_again, monotonic_ns, remember};
 pub use surroundings::Surroundings;
@@ -147,6 +148,8 @@ pub struct Source {
     nest_filters: usize,
     refuge: Option<Refuge>,
     writes: ahead::Writes,
+    /// The listing is newer than the plan.
+    looked_again: bool,
 }
 
 /// What was seen of a process while it ran.
@@ -197,10 +200,11 @@ impl Source {
         let (thread, stop) = stop_one(pid, Running::seize(host, Options::default())?)?;
         let (registers, mask) = (thread.registers()?, thread.signal_mask()?);
         sleeps.find(host, host, &registers, &memory);
-        let restore = match sleep::made_again(&registers) {
+        let mut restore = match sleep::made_again(&registers) {
             Some(again) if stop == Stop::Interrupt => again,
             _ => registers,
         };
+        let thread = finish_write(thread, host, &mut restore, mask, &memory)?;
         let filters = freeze::own_filters(&thread, status.seccomp_filters, nest_filters);
         let asked = Trap::look(&dir).map_err(CaptureError::from).and_then(|trap| {
             let held = Held {
@@ -280,6 +284,7 @@ impl Source {
             nest_filters,
             refuge,
             writes: watched.map_or(ahead::Writes::Unwatched, ahead::Writes::Watchable),
+            looked_again: false,
         };
         source.plan.image.threads = source.tids.values().copied().map(placeholder).collect();
         source.plan.image.threads.sort_by_key(|t| (t.tid != pid, t.tid));
@@ -451,15 +456,37 @@ fn first_stop(
     Ok((foothold, answers, watched))
 }
 
+/// See [`writes`]. Whatever goes wrong, the thread can be let run on with these registers.
+fn finish_write(
+    thread: Stopped,
+    host: i32,
+    registers: &mut Registers,
+    mask: u64,
+    memory: &File,
+) -> Result<Stopped, CaptureError> {
+    if !writes::is_short(registers, memory) {
+        return Ok(thread);
+    }
+    let at = dunlin_sys::foothold::syscall_instruction(&ProcDir::process(host))?;
+    thread.set_signal_mask(SCRIPT_MASK)?;
+    let thread = writes::complete(thread, host, at, registers, memory)?;
+    thread.set_registers(registers)?;
+    thread.set_signal_mask(mask)?;
+    Ok(thread)
+}
+
 /// Takes the foothold out of a running process and hands the reason back.
 fn give_up(host: i32, foothold: &Foothold, reason: CaptureError) -> CaptureError {
     let undo = || -> Result<(), CaptureError> {
         let (thread, _) = Running::seize(host, Options::default())?.stop(Instant::now() + STOP_PATIENCE)?;
         let (registers, mask) = (thread.registers()?, thread.signal_mask()?);
+        let mut registers = sleep::made_again(&registers).unwrap_or(registers);
+        let memory = File::open(ProcDir::process(host).path("mem"))?;
+        let thread = finish_write(thread, host, &mut registers, mask, &memory)?;
         let held = Held {
             tid: host,
             mask,
-            registers: sleep::made_again(&registers).unwrap_or(registers),
+            registers,
         };
         if let Some(refuge) = Refuge::find(host, foothold.syscall_at)? {
             refuge.enter(&thread, host, &held)?;

@@ -12,12 +12,13 @@ use crate::capture::freeze::LeftBehind;
 use crate::install::{Installer, Wanted};
 use crate::nest::{Nest, SurrogateSpec};
 use crate::processes::{Hidden, HiddenKind};
+use crate::signals::orders::settle_stop;
 use dunlin_proto::control::ExitStatus;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Child, Lineage};
 use dunlin_sys::foothold::{Foothold, syscall_instruction};
 use dunlin_sys::procfs::{ProcDir, maps};
-use dunlin_sys::ptrace::{Options, Running, Stopped};
+use dunlin_sys::ptrace::{Options, Running, Stopped, TraceError};
 use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -35,6 +36,8 @@ const AT_EMPTY_PATH: u64 = 0x1000;
 const CLONE_VM: u64 = 0x100;
 const SIGCHLD: u64 = 17;
 const INIT: Pid = Pid(1);
+/// No move that prepares goes on longer than this.
+const LONGEST_MOVE: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The surrogates of one nest.
@@ -322,13 +325,19 @@ impl Entries {
             } else {
                 Manner::AsMaker
             };
-            self.child_of(
+            let host = self.child_of(
                 Stopped::assume(maker),
                 (maker, Some(place)),
                 child.pid,
                 manner,
                 &child.comm,
             )?;
+            if let (Some(stop), Some(process)) = (&child.stop, rustix::process::Pid::from_raw(host)) {
+                self.hidden.is_stopped(child.pid, !stop.unsaid);
+                rustix::process::kill_process(process, rustix::process::Signal::STOP)?;
+                settle_stop(host);
+                self.send_all(child.pid, &stop.pending);
+            }
             if let Some(status) = child.ended {
                 self.end(child.pid, crate::processes::exits::decode(status))?;
             }
@@ -336,8 +345,34 @@ impl Entries {
         Ok(())
     }
 
-    /// Ends a surrogate as the process it stands for has ended, so that its parent's wait(2) says so.
+    /// Sends a task of the nest signals with their payload.
+    pub fn send_all(&self, pid: Pid, signals: &[Vec<u8>]) {
+        for info in signals {
+            let Ok(info) = <&[u8; 128]>::try_from(&info[..]) else {
+                continue;
+            };
+            let signal = i32::from_le_bytes([info[0], info[1], info[2], info[3]]);
+            if let Err(error) = self.nest.signal(pid, signal, info) {
+                tracing::warn!(%pid, signal, %error, "a signal is lost");
+            }
+        }
+    }
+
+    /// Ends a surrogate as the process it stands for has ended, so that its parent's wait(2) says so. Waits while a move
+    /// that cannot succeed any more makes a process of it: only one can trace it.
     pub fn end(&self, pid: Pid, status: ExitStatus) -> io::Result<()> {
+        let deadline = Instant::now() + LONGEST_MOVE;
+        loop {
+            match self.end_now(pid, status) {
+                Err(error) if is_traced(&error) && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                done => return done,
+            }
+        }
+    }
+
+    fn end_now(&self, pid: Pid, status: ExitStatus) -> io::Result<()> {
         let Some(host) = self.nest.host_pid(pid)? else {
             return Ok(());
         };
@@ -373,7 +408,7 @@ impl Entries {
             ExitStatus::Signal { signal, .. } => return die_by(thread, host, at, signal),
         };
         match thread.inject(at, SYS_EXIT_GROUP, [code as u64, 0, 0, 0, 0, 0]) {
-            Err(dunlin_sys::ptrace::TraceError::Gone { .. }) | Ok(_) => Ok(()),
+            Err(TraceError::Gone { .. }) | Ok(_) => Ok(()),
             Err(error) => Err(other(error)),
         }
     }
@@ -421,6 +456,12 @@ fn die_by(thread: Stopped, host: i32, at: u64, signal: i32) -> io::Result<()> {
         .map_err(other)?;
     rustix::process::kill_process(process, signal)?;
     thread.detach(0).map_err(other)
+}
+
+/// What the kernel answers to a second tracer.
+fn is_traced(error: &io::Error) -> bool {
+    let trace = error.get_ref().and_then(|inner| inner.downcast_ref::<TraceError>());
+    matches!(trace, Some(TraceError::Refused { errno, .. }) if errno.0 == 1)
 }
 
 fn other(error: impl std::error::Error + Send + Sync + 'static) -> io::Error {

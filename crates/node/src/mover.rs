@@ -6,13 +6,16 @@
 //! decisions ([`decisions`]) are made where a word arrives. Invariant: whether a copy may run is said by
 //! `dunlin_cluster::relocation` alone.
 
+mod again;
 mod ahead;
 mod arrivals;
 mod attempts;
 mod decisions;
+mod giving;
 mod incoming;
 mod links;
 mod outgoing;
+mod party;
 mod payload;
 mod progress;
 mod recover;

@@ -58,8 +58,21 @@ pub struct Child {
     pub sid: Pid,
     /// It has ended already and its parent has not waited for it: its wait status.
     pub ended: Option<i32>,
+    /// It, or what stands for it where its parent was, is stopped.
+    pub stop: Option<ChildStop>,
     /// Its command name.
     pub comm: Vec<u8>,
+}
+
+/// A child that is stopped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChildStop {
+    /// The parent has not waited for the stop.
+    pub waitable: bool,
+    /// What stood for it was stopped by somebody there, and the child itself does not know yet.
+    pub unsaid: bool,
+    /// Signals, as siginfo, that came to what stood for it since.
+    pub pending: Vec<Vec<u8>>,
 }
 
 /// What a process may do and how it is run.

@@ -318,9 +318,8 @@ static void make_special(void)
 	advised[5].at = anon(16 * PAGE, 0), advised[5].flag = "lo";
 	advised[5].on = !mlock(advised[5].at, 16 * PAGE);
 	memset(advised[5].at, 'f', 16 * PAGE);
-	growing = SYS(mmap(0, 256 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-	munmap(growing, 256 * PAGE); /* free room below a mapping that grows down */
-	growing = SYS(mmap(growing + 255 * PAGE, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_GROWSDOWN | MAP_FIXED, -1, 0));
+	/* Far from where others are mapped: what grows down stops 256 pages above the next mapping. */
+	growing = SYS(mmap((void *)0x200000000000, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_GROWSDOWN | MAP_FIXED_NOREPLACE, -1, 0));
 	memset(growing, 'g', PAGE);
 	guarded = anon(9 * PAGE, 0);
 	for (int i = 0; i < 9; i++)

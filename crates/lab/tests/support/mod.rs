@@ -167,7 +167,7 @@ pub fn verified(lab: &Lab, pid: Pid, node: &str) -> MoveReport {
 /// A move. Two obstacles are there for a moment only: a program that looks at itself in /proc has a file open that is
 /// found on no other node, and one that has just forked shares descriptors with a child that stays. Then, and only then,
 /// it is asked again.
-fn moved(lab: &Lab, asked: &MoveRequest) -> Result<Vec<MoveReport>, NotMoved> {
+pub fn moved(lab: &Lab, asked: &MoveRequest) -> Result<Vec<MoveReport>, NotMoved> {
     for _ in 0..50 {
         match lab.move_as(asked.clone()) {
             Err(NotMoved::Refused(obstacles))

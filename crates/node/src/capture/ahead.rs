@@ -4,7 +4,7 @@
 //! where. Invariants: the program keeps no descriptor of it; when the source is dropped, the last one is closed and the
 //! tracking ends.
 
-use super::{CaptureError, PAGE, Source};
+use super::{CaptureError, PAGE, Source, space};
 use crate::dirty::{Content, DirtyError, DirtyTracker};
 use dunlin_proto::image::{MappingKind, Plan};
 use dunlin_sys::foothold::{Foothold, inject, take_descriptor};
@@ -20,6 +20,11 @@ pub(super) enum Writes {
     Watchable(Uffd),
     /// They are.
     Watched(DirtyTracker),
+}
+
+/// A watch that nobody asks any more.
+pub struct Watch {
+    _held: Writes,
 }
 
 /// First address and number of pages.
@@ -79,9 +84,24 @@ impl Source {
         Ok(without(regions, &runs(found.iter().filter(|c| !c.written))))
     }
 
+    /// Lists the mappings again, shortly before the freeze: which flags one has is not told in it, and since the plan was
+    /// made the program has had much time to make new ones.
+    pub fn look_again(&mut self) -> Result<(), CaptureError> {
+        self.listing = space::listing(&self.dir)?;
+        self.looked_again = true;
+        Ok(())
+    }
+
     /// Are its writes watched?
     pub fn is_sent_ahead(&self) -> bool {
         matches!(self.writes, Writes::Watched(_))
+    }
+
+    /// The watch over its writes, to be dropped when nobody waits for it: lifting it takes time for every page.
+    pub fn take_watch(&mut self) -> Watch {
+        Watch {
+            _held: std::mem::replace(&mut self.writes, Writes::Unwatched),
+        }
     }
 
     fn tracker(&mut self) -> Result<&mut DirtyTracker, CaptureError> {

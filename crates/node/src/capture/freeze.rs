@@ -8,12 +8,12 @@ use super::held;
 use super::questions::{ProcessQuestions, ThreadQuestions};
 use super::threads::{self, FrozenThread};
 use super::{
-    CaptureError, Memory, PAGE, SCRIPT_MASK, Source, descriptors, parked, read_traits, sleep, space, stop_one,
+    CaptureError, Memory, PAGE, SCRIPT_MASK, Source, descriptors, parked, read_traits, sleep, space, stop_one, writes,
 };
 use crate::capture::Surroundings;
 use crate::capture::{Met, Trap};
 use dunlin_proto::ids::Pid;
-use dunlin_proto::image::{Child, DescriptionKind, Essence, Files, MappingKind, Pages, ThreadImage};
+use dunlin_proto::image::{Child, ChildStop, DescriptionKind, Essence, Files, MappingKind, Pages, ThreadImage};
 use dunlin_sys::foothold::Foothold;
 use dunlin_sys::pagemap::{self, Query};
 use dunlin_sys::procfs::ProcDir;
@@ -89,10 +89,33 @@ impl Source {
             self.seize_new(&mut seen, &mut running)?;
         }
         let trap = Trap::look(&self.dir)?;
-        let mut frozen = Vec::with_capacity(stopped.len());
+        let mut frozen: Vec<FrozenThread> = Vec::with_capacity(stopped.len());
+        let mut stopped = stopped.into_iter();
         held::Note::source(trap, &self.plan.image.signals.actions).leave(&self.foothold);
-        for (slot, thread) in stopped.into_iter().enumerate() {
-            frozen.push(self.settle(slot, thread)?);
+        let mut slot = 0;
+        while let Some(thread) = stopped.next() {
+            let as_found = (thread.tid(), thread.registers()?, thread.signal_mask()?);
+            let settled = self.settle(slot, thread);
+            slot += 1;
+            match settled {
+                Ok(thread) => frozen.push(thread),
+                // Killed; the whole process is, or it was a thread that nobody will miss.
+                Err(CaptureError::Gone) => {}
+                Err(error) => {
+                    let (tid, registers, mask) = as_found;
+                    let settled = frozen.iter().map(|t| (t.thread.tid(), &t.registers, t.mask));
+                    for (tid, registers, mask) in settled.chain([(tid, &registers, mask)]) {
+                        let thread = Stopped::assume(tid);
+                        let _ = thread.set_registers(registers);
+                        let _ = thread.set_signal_mask(mask);
+                        let _ = thread.detach(0);
+                    }
+                    for thread in stopped {
+                        let _ = thread.detach(0);
+                    }
+                    return Err(error);
+                }
+            }
         }
         frozen.sort_by_key(|t| (t.tid != self.pid, t.tid));
         if frozen.first().is_none_or(|t| t.tid != self.pid) {
@@ -133,6 +156,8 @@ impl Source {
         if let Some(again) = sleep::made_again(&registers) {
             registers = again;
         }
+        let at = self.foothold.syscall_at;
+        let thread = writes::complete(thread, self.host, at, &mut registers, &self.memory)?;
         if let Some(abort) = threads::rseq_abort(&thread, &self.memory, registers.rip)? {
             registers.rip = abort;
         }
@@ -231,6 +256,7 @@ impl Frozen {
         let (file_pages, file_pages_dropped) = self.file_pages_now()?;
         let mut lineage = self.source.plan.image.lineage.clone();
         lineage.children = children(&self.source.dir)?;
+        self.ask_of_stops(&mut lineage.children)?;
         Ok(Essence {
             lineage,
             traits: read_traits(&self.source.dir, &status, &process)?,
@@ -247,6 +273,37 @@ impl Frozen {
         })
     }
 
+    /// Has the process waited for the stops of its children?
+    fn ask_of_stops(&self, children: &mut [Child]) -> Result<(), CaptureError> {
+        const SYS_WAITID: i64 = 247;
+        const P_PID: u64 = 1;
+        const STOPPED_NOHANG_NOWAIT: u64 = 2 | 1 | 0x0100_0000;
+        let mut script = Script::new(&self.source.foothold.arena);
+        let mut asked = Vec::new();
+        for child in children {
+            let pid = child.pid.0 as u64;
+            // As many as there is room for: more than a shell has jobs.
+            if let Some(stop) = child.stop.as_mut().filter(|_| asked.len() < 64) {
+                let info = script.bytes(&[0; 128]);
+                script.attempt(
+                    "waitid",
+                    SYS_WAITID,
+                    &[P_PID, pid, info.address, STOPPED_NOHANG_NOWAIT, 0],
+                );
+                asked.push((stop, info));
+            }
+        }
+        if asked.is_empty() {
+            return Ok(());
+        }
+        let (_, answers) = script.run(Stopped::assume(self.source.host))?;
+        for (stop, info) in asked {
+            // si_signo: 0 where there is nothing to wait for.
+            stop.waitable = answers.bytes(info)[..4] != [0; 4];
+        }
+        Ok(())
+    }
+
     fn space_now(
         &mut self,
         brk: u64,
@@ -256,7 +313,7 @@ impl Frozen {
         let now = maps::parse(&source.dir.bytes("maps")?).map_err(io::Error::from)?;
         // With what the plan was made of, not with a text read beside it: the program was running in between.
         let same = now.iter().eq(source.listing.iter().map(|(mapping, _)| mapping));
-        if same && brk == source.plan.image.space.layout[5] {
+        if same && !source.looked_again && brk == source.plan.image.space.layout[5] {
             return Ok(None);
         }
         let listing = space::relisting(now, &source.listing);
@@ -596,7 +653,7 @@ pub(super) fn own_filters(leader: &Stopped, count: Option<u32>, nest: usize) -> 
 }
 
 /// Takes the oldest pending signal of a number, without waiting: it runs elsewhere with the process.
-fn add_take(script: &mut Script<'_>, signal: i32) {
+pub(crate) fn add_take(script: &mut Script<'_>, signal: i32) {
     const SYS_RT_SIGTIMEDWAIT: i64 = 128;
     if !(1..=64).contains(&signal) {
         return;
@@ -626,6 +683,11 @@ fn children(dir: &ProcDir) -> Result<Vec<Child>, CaptureError> {
                 pgid: last(&status.ns_pgids),
                 sid: last(&status.ns_sids),
                 ended: (status.state == 'Z').then_some(stat.exit_code),
+                stop: (status.state == 'T').then_some(ChildStop {
+                    waitable: false,
+                    unsaid: false,
+                    pending: Vec::new(),
+                }),
                 comm: stat.comm,
             });
         }

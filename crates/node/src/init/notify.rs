@@ -4,18 +4,24 @@
 //! Everything else it hands on to the daemon at once. Refuses to know numbers ([`super::steer`]). It has no filter
 //! itself, so nothing it does can wait for itself.
 //!
+//! Until a call is received here, a signal to its caller breaks it off, and the program sees EINTR of a fork(2), which natively
+//! there is not. So this thread has real-time priority: it receives as soon as the caller waits.
+//!
 //! In the common case a call finds the one before it settled: receive, serve, receive. Only when it does not, calls are
-//! queued here and the thread looks again, first by giving the processor away, then with growing naps which any new call
-//! ends. Queuing further calls early matters: a caller that comes again has provably left its call before.
+//! queued here and the thread looks again, first by giving the processor away (where it has no such priority), then with
+//! growing naps which any new call ends. Queuing further calls early matters: a caller that comes again has provably left its call before.
 
 use super::outbox::Outbox;
 use super::steer::{Served, Steering, is_steered};
 use crate::nest::wire::Event;
 use dunlin_proto::ids::Pid;
+use dunlin_sys::inspect;
 use dunlin_sys::seccomp::{self, Listener, Notification};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use std::collections::VecDeque;
 
+/// SCHED_FIFO, at the lowest priority, for this thread alone (SCHED_FLAG_RESET_ON_FORK).
+const FIRST_IN: [i64; 4] = [1, 1, 0, 1];
 /// So many looks are made by giving the processor away.
 const YIELDS: u32 = 30;
 /// The first nap; each is twice as long as the one before.
@@ -27,10 +33,15 @@ const LAST_NAP_NS: i64 = 1_000_000;
 pub fn run(listener: &Listener, steering: &Steering, outbox: &Outbox) {
     // A nap is meant to be as short as it says.
     let _ = rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1));
+    // Giving the processor away gives it to nobody of lower priority.
+    let yields = match inspect::set_schedule(0, FIRST_IN) {
+        Ok(()) => 0,
+        Err(_) => YIELDS,
+    };
     let mut waiting: VecDeque<Notification> = VecDeque::with_capacity(1024);
     let mut looks = 0;
     loop {
-        if waiting.is_empty() || has_call(listener, steering, if looks > YIELDS { nap(looks) } else { 0 }) {
+        if waiting.is_empty() || has_call(listener, steering, if looks > yields { nap(looks - yields) } else { 0 }) {
             match listener.receive() {
                 Ok(Some(call)) if !is_steered(&call) => outbox.push(event(&call)),
                 Ok(Some(call)) => {
@@ -59,7 +70,7 @@ pub fn run(listener: &Listener, steering: &Steering, outbox: &Outbox) {
         }
         if !waiting.is_empty() {
             looks += 1;
-            if looks <= YIELDS {
+            if looks <= yields {
                 rustix::thread::sched_yield();
             }
         }
@@ -67,7 +78,7 @@ pub fn run(listener: &Listener, steering: &Steering, outbox: &Outbox) {
 }
 
 fn nap(looks: u32) -> i64 {
-    (FIRST_NAP_NS << (looks - YIELDS - 1).min(10)).min(LAST_NAP_NS)
+    (FIRST_NAP_NS << (looks - 1).min(10)).min(LAST_NAP_NS)
 }
 
 /// Is there a call to receive? Waits at most so long, or until steering is released.

@@ -131,10 +131,7 @@ impl Server {
                 looked = Instant::now();
             }
             if ready.surrogates {
-                match self.surrogates.receive() {
-                    Ok(events) => events.into_iter().for_each(|e| self.outbox.push(e)),
-                    Err(e) => super::complain(format_args!("surrogates' socket: {e}")),
-                }
+                self.hear();
             }
             if let Err(e) = self.converse(ready.daemon) {
                 if e.kind() != io::ErrorKind::UnexpectedEof {
@@ -142,6 +139,13 @@ impl Server {
                 }
                 self.hang_up();
             }
+        }
+    }
+
+    fn hear(&mut self) {
+        match self.surrogates.receive() {
+            Ok(events) => events.into_iter().for_each(|e| self.outbox.push(e)),
+            Err(e) => super::complain(format_args!("surrogates' socket: {e}")),
         }
     }
 
@@ -292,6 +296,8 @@ impl Server {
                 Answer::Done.into()
             }
             Request::UnregisterSurrogate(pid) => {
+                // What it has said until now counts.
+                self.hear();
                 self.surrogates.unregister(pid);
                 Answer::Done.into()
             }

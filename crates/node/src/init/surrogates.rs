@@ -55,10 +55,13 @@ impl Surrogates {
         {
             let pid = Pid(pid);
             if let Some(stopped) = self.registered.get_mut(&pid) {
-                events.push(match report {
+                let event = match report {
                     Report::Signal(info) => {
                         // It has run. If it is stopped now, then anew.
-                        *stopped &= info[..4] != SIGCONT.to_ne_bytes();
+                        if *stopped && info[..4] == SIGCONT.to_ne_bytes() {
+                            *stopped = false;
+                            events.push(Event::SurrogateContinued(pid));
+                        }
                         Event::SurrogateSignal {
                             pid,
                             info: info.to_vec(),
@@ -68,7 +71,8 @@ impl Surrogates {
                         parent: pid,
                         info: info.to_vec(),
                     },
-                });
+                };
+                events.push(event);
             }
         }
         Ok(events)

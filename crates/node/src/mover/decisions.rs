@@ -108,6 +108,7 @@ impl Mover {
     /// A process that has an entry somewhere has ended here: its homes are told.
     pub fn ended_here(&self, pid: Pid, ids: &[Pid], incarnation: Incarnation, status: ExitStatus) {
         let nodes = lock(&self.home).table().to_be_told_of_end(pid, ids);
+        tracing::info!(%pid, ?status, ?incarnation, told = ?nodes, "a process from elsewhere has ended here");
         let ending = Ending::Exited(status);
         for to in nodes.iter().copied().filter(|to| *to != self.here) {
             self.post(

@@ -9,6 +9,7 @@ use super::{Mover, lock};
 use crate::capture::{SCRIPT_MASK, made_again};
 use crate::processes::HiddenKind;
 use dunlin_proto::ids::Pid;
+use dunlin_proto::image::Child;
 use dunlin_sys::foothold::syscall_instruction;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::{Options, Running};
@@ -54,6 +55,39 @@ impl Mover {
             if !needed.contains(&relative) && !self.arrivals.needs(relative) {
                 self.entries.discard(relative);
             }
+        }
+    }
+
+    /// What a stopped surrogate of a child has not told anybody yet goes along with the parent, as the surrogate ends here
+    /// when the parent is gone. (The entry at home of a child stays, and what it was sent with it.)
+    pub(super) fn take_stops(&self, children: &mut [Child]) {
+        for child in children {
+            let pid = child.pid;
+            if let Some(stop) = &mut child.stop
+                && self.hidden.kind(pid) == Some(HiddenKind::Relative)
+                && let Ok(Some(host)) = self.nest.host_pid(pid)
+            {
+                let job = self.hidden.job(pid);
+                stop.unsaid = job.is_some_and(|job| !lock(&job).stopped);
+                let pending = pending(host).map(|signals| stop.pending = signals);
+                self.log("reading what a stopped child was sent", pending);
+            }
+        }
+    }
+
+    /// Children that are here, or have an entry here, are told what they were not told where their parent was.
+    pub(super) fn tell_stops(&self, children: &[Child]) {
+        for (child, stop) in children.iter().filter_map(|c| Some((c.pid, c.stop.as_ref()?))) {
+            if self.hidden.kind(child) == Some(HiddenKind::Relative) {
+                continue;
+            }
+            if stop.unsaid
+                && let Ok(Some(pidfd)) = self.nest.pidfd(child)
+            {
+                let sent = rustix::process::pidfd_send_signal(&pidfd, Signal::STOP);
+                self.log("stopping a child", sent.map_err(io::Error::from));
+            }
+            self.entries.send_all(child, &stop.pending);
         }
     }
 
@@ -125,6 +159,17 @@ impl Mover {
         }
         needed
     }
+}
+
+/// What a stopped surrogate was sent.
+fn pending(host: i32) -> io::Result<Vec<Vec<u8>>> {
+    let running = Running::seize(host, Options::default()).map_err(io::Error::other)?;
+    let patience = Instant::now() + Duration::from_secs(1);
+    let (thread, _) = running.stop(patience).map_err(io::Error::other)?;
+    let mut signals = thread.pending_signals(true).map_err(io::Error::other)?;
+    signals.extend(thread.pending_signals(false).map_err(io::Error::other)?);
+    thread.detach(0).map_err(io::Error::other)?;
+    Ok(signals.into_iter().map(|s| s.to_vec()).collect())
 }
 
 /// Has a program wait for a child that only __WALL shows it.

@@ -33,6 +33,8 @@ pub struct JobControl {
     pub stopped: bool,
     /// The number of the last order that it gave its process; 0: none yet.
     pub last_order: u64,
+    /// It was killed here, and its process is dying where it is.
+    pub killed: bool,
 }
 
 #[derive(Debug)]
@@ -52,7 +54,9 @@ impl Hidden {
     pub fn insert(&self, pid: Pid, kind: HiddenKind) {
         let since = Instant::now();
         let mut tasks = self.lock();
-        let job = tasks.get(&pid).map(|task| task.job.clone()).unwrap_or_default();
+        // A change of what it is, unless that was somebody else.
+        let same = tasks.get(&pid).filter(|task| !lock(&task.job).killed);
+        let job = same.map(|task| task.job.clone()).unwrap_or_default();
         tasks.insert(pid, HiddenTask { kind, since, job });
     }
 
@@ -81,13 +85,30 @@ impl Hidden {
     /// It was made stopped, as its process is.
     pub fn is_stopped(&self, pid: Pid, stopped: bool) {
         if let Some(job) = self.job(pid) {
-            job.lock().unwrap_or_else(|e| e.into_inner()).stopped = stopped;
+            lock(&job).stopped = stopped;
         }
+    }
+
+    /// Somebody here has killed it.
+    pub fn is_killed(&self, pid: Pid) {
+        self.insert(pid, HiddenKind::Leaving);
+        if let Some(job) = self.job(pid) {
+            lock(&job).killed = true;
+        }
+    }
+
+    /// Was it killed here not long ago?
+    pub fn was_killed(&self, pid: Pid) -> bool {
+        self.job(pid).is_some_and(|job| lock(&job).killed)
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<Pid, HiddenTask>> {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
     }
+}
+
+fn lock(job: &Mutex<JobControl>) -> MutexGuard<'_, JobControl> {
+    job.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// A process that came here by a move (or was forked by one and shares its absent pages).

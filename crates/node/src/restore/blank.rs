@@ -217,6 +217,32 @@ impl Blank {
         Ok((uffd, mappings::demanded(&self.image.space.mappings)))
     }
 
+    /// Surrogates of its children have been stopped or ended as the children were, and the kernel has told it so: what it had
+    /// waited for, or been signalled, before is taken away again.
+    pub fn unhear_children(&self, essence: &Essence) -> Result<(), RestoreError> {
+        const SYS_WAITID: i64 = 247;
+        const P_PID: u64 = 1;
+        const STOPPED_NOHANG: u64 = 2 | 1;
+        const SIGCHLD: i32 = 17;
+        let mut script = Script::new(&self.foothold.arena);
+        let mut any = false;
+        for child in &essence.lineage.children {
+            any |= child.ended.is_some() || child.stop.is_some();
+            if child.stop.as_ref().is_some_and(|stop| !stop.waitable) {
+                let arguments = [P_PID, child.pid.0 as u64, 0, STOPPED_NOHANG, 0];
+                script.attempt("waitid", SYS_WAITID, &arguments);
+            }
+        }
+        let pending = essence.threads.iter().flat_map(|t| &t.pending);
+        let told = pending
+            .chain(&essence.signals.pending)
+            .any(|info| info.starts_with(&SIGCHLD.to_le_bytes()));
+        if any && !told {
+            crate::capture::freeze::add_take(&mut script, SIGCHLD);
+        }
+        self.run(self.host, script, "waiting for children")
+    }
+
     /// Its memory, to be written by whoever brings pages before it runs.
     pub fn memory(&self) -> std::io::Result<File> {
         self.memory.try_clone()

@@ -348,7 +348,7 @@ fn pipe_end(
     bytes: &[u8],
     flags: OFlags,
 ) -> io::Result<OwnedFd> {
-    use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+    use rustix::pipe::{PipeFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with};
     let (reading, writing) = match kit.common.pipes.entry(number) {
         Entry::Occupied(made) => made.into_mut(),
         Entry::Vacant(place) => {
@@ -357,6 +357,11 @@ fn pipe_end(
             place.insert((read, write))
         }
     };
+    // It may have grown since the plan; and what does not fit would be waited for by nobody.
+    let wanted = (capacity as usize).max(bytes.len());
+    if fcntl_getpipe_size(&*writing)? < wanted {
+        fcntl_setpipe_size(&*writing, wanted)?;
+    }
     if !bytes.is_empty() && kit.common.filled.insert(number) {
         let mut writing = std::fs::File::from(writing.try_clone()?);
         writing.write_all(bytes)?;

@@ -352,9 +352,9 @@ pub fn correct(blank: &mut Blank, space: &Space, kit: &mut Kit<'_>) -> Result<Re
     let plain = |m: &&Mapping| !matches!(m.kind, MappingKind::Kernel(_));
     // Files are compared by what they are, not by their index.
     let key = |s: &Space, m: &Mapping| match m.kind {
-        MappingKind::PrivateFile { file, .. } | MappingKind::SharedFile { file, .. } => {
+        MappingKind::PrivateFile { file, offset } | MappingKind::SharedFile { file, offset, .. } => {
             let file = &s.files[file as usize];
-            Some((file.path.clone(), file.inode))
+            Some((file.path.clone(), file.inode, offset))
         }
         MappingKind::Anonymous | MappingKind::Kernel(_) => None,
     };

@@ -2,11 +2,12 @@
 //!
 //! Owns the reading of such a call and its answer. Refuses to keep a program waiting for long: what may have to ask a
 //! peer runs in a thread of its own. Invariants: where the nest has a task of that number, a surrogate too, the kernel carries the
-//! call out; else the answer is what the kernel would say on the node where the process is.
+//! call out; of one whose surrogate was killed here just now, there is none; else the answer is what the kernel would say on the node where the process is.
 
 use super::{Sent, send};
 use crate::daemon::node::Node;
 use crate::nest::Response;
+use crate::processes::HiddenKind;
 use dunlin_proto::control::FailureKind;
 use dunlin_proto::ids::Pid;
 use dunlin_sys::pidfd::SIGINFO_BYTES;
@@ -14,6 +15,7 @@ use rustix::io::Errno;
 use std::io;
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 /// x86-64 numbers of the notified calls.
 mod call {
@@ -24,6 +26,8 @@ mod call {
     pub const RT_TGSIGQUEUEINFO: i64 = 297;
 }
 
+/// So often surrogates are looked at, with something to spare.
+const LOOKED_AT_WITHIN: Duration = Duration::from_millis(200);
 const SI_USER: i32 = 0;
 const SI_TKILL: i32 = -6;
 
@@ -52,9 +56,13 @@ pub fn take(node: &Arc<Node>, id: u64, tid: Pid, nr: i64, args: [u64; 6]) {
     }
     let worker = node.clone();
     let spawned = thread::Builder::new().name("foreign signal".into()).spawn(move || {
-        let answer = match carry_out(&worker, tid, wanted(nr, args)) {
-            Ok(()) => Response::Value(0),
-            Err(errno) => Response::Errno(errno.raw_os_error()),
+        let answer = if was_killed_here(&worker, target) {
+            Response::Errno(Errno::SRCH.raw_os_error())
+        } else {
+            match carry_out(&worker, tid, wanted(nr, args)) {
+                Ok(()) => Response::Value(0),
+                Err(errno) => Response::Errno(errno.raw_os_error()),
+            }
         };
         respond(&worker, id, answer);
     });
@@ -62,6 +70,17 @@ pub fn take(node: &Arc<Node>, id: u64, tid: Pid, nr: i64, args: [u64; 6]) {
         tracing::error!("no thread to serve a signal to process {target}: {e}");
         respond(node, id, Response::Errno(Errno::AGAIN.raw_os_error()));
     }
+}
+
+/// Who has killed what stood for a process here, and waited for it, does not find it alive elsewhere. A surrogate that is
+/// known and is not there was killed a moment ago, or is about to be made.
+fn was_killed_here(node: &Node, pid: Pid) -> bool {
+    let stands = || matches!(node.hidden.kind(pid), Some(HiddenKind::Departed | HiddenKind::Relative));
+    let deadline = Instant::now() + LOOKED_AT_WITHIN;
+    while stands() && Instant::now() < deadline && node.nest.host_pid(pid).is_ok_and(|host| host.is_none()) {
+        thread::sleep(Duration::from_millis(1));
+    }
+    node.hidden.was_killed(pid)
 }
 
 fn wanted(nr: i64, args: [u64; 6]) -> Wanted {

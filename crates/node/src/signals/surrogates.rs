@@ -117,8 +117,9 @@ fn pass_on(node: &Arc<Node>, pid: Pid, signal: i32, info: Option<&[u8; 128]>, or
 fn gone(node: &Arc<Node>, pid: Pid) {
     match node.hidden.kind(pid) {
         Some(HiddenKind::Departed | HiddenKind::Relative) => {
+            // Known as dead here while its process dies where it is: see `notified`.
+            node.hidden.is_killed(pid);
             pass_on(node, pid, number::KILL, None, None);
-            node.hidden.remove(pid);
         }
         Some(HiddenKind::Keeper | HiddenKind::Blank | HiddenKind::Leaving) | None => {}
     }

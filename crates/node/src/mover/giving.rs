@@ -1,0 +1,387 @@
+//! How a source gives its processes away: served while they run, frozen, captured, and left behind or thawed.
+//!
+//! Owns what is done to the processes and their images. Refuses to know when: the protocol's machine says so, through
+//! [`Outgoing`]. Invariant: whatever fails before the commit, the processes run on and nothing of them is served.
+
+use super::ahead::Rounds;
+use super::outgoing::{MoveOutcome, Outgoing, Report, failure};
+use super::payload::{self, Ahead, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared};
+use super::recover::ImageRecord;
+use super::{Mover, lock, random};
+use crate::capture::freeze::Frozen;
+use crate::capture::{CaptureError, Source, Surroundings, demanded};
+use crate::page_server::NewImage;
+use crate::pager::{Journal, NewSpace, Withdrawn};
+use dunlin_cluster::relocation::source::SourceEvent;
+use dunlin_proto::control::{FailureKind, MoveMode};
+use dunlin_proto::ids::{ImageId, Pid};
+use dunlin_proto::pages::ClientId;
+use dunlin_proto::relocation::Member;
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+impl Outgoing<'_> {
+    pub(super) fn prepare_payload(&mut self) -> Result<Vec<u8>, CaptureError> {
+        let ahead = self.request.mode != MoveMode::Demand;
+        let mut processes = Vec::new();
+        for mut source in std::mem::take(&mut self.sources) {
+            let image = ImageId {
+                holder: self.mover.here,
+                nonce: random(),
+            };
+            self.images.insert(source.pid, image);
+            processes.push(Prepared {
+                plan: source.plan.clone(),
+                image,
+                clock_offsets_ns: source.clock_offsets(),
+                ahead,
+            });
+            // First the watch, then the pages.
+            let served = match ahead {
+                true => source.watch_writes().and_then(|()| self.serve(&source, image)),
+                false => Ok(()),
+            };
+            self.sources.push(source);
+            served?;
+        }
+        Ok(payload::encode(&Prepare { processes }))
+    }
+
+    /// Serves the memory of a process, which may run.
+    pub(super) fn serve(&self, source: &Source, id: ImageId) -> Result<(), CaptureError> {
+        let memory = source.memory()?;
+        self.mover.images.register(NewImage {
+            id,
+            mem: memory.memory,
+            pagemap: memory.pagemap,
+            keeper: None,
+            regions: demanded(&source.plan),
+            on_unused: self.on_unused(source.pid),
+        });
+        Ok(())
+    }
+
+    /// Writes cannot be watched as long as the process waits for pages of an earlier move.
+    pub(super) fn await_own_drain(&self) -> Result<(), MoveOutcome> {
+        const PATIENCE: Duration = Duration::from_secs(60);
+        for (pid, _) in &self.party {
+            let space = self.mover.arrivals.get(*pid).and_then(|arrival| arrival.space);
+            if space.is_some_and(|space| space.wait_finished(PATIENCE).is_none()) {
+                let message = format!("process {pid} was not moved: its pages are still coming from elsewhere");
+                let hint = Some("wait until they have come (`pages_elsewhere` in `dunlin ps`), or use --mode demand");
+                return Err(MoveOutcome::Failed(failure(FailureKind::Other, message, hint)));
+            }
+        }
+        Ok(())
+    }
+
+    /// What is to be sent before the freeze is sent.
+    pub(super) fn send_ahead(&mut self) -> Result<(), CaptureError> {
+        let rounds = Rounds {
+            mover: &self.mover,
+            by: self.plan.move_id,
+            to: self.plan.destination,
+            mode: self.request.mode,
+        };
+        let reporter = self.reporter;
+        rounds.run(&mut self.sources, |progress| {
+            let _ = reporter.send(Report::Progress(progress));
+        })?;
+        let mut ahead = self.sources.iter_mut().filter(|source| source.is_sent_ahead());
+        ahead.try_for_each(Source::look_again)
+    }
+
+    pub(super) fn freeze(&mut self) -> Result<(Vec<Member>, Vec<u8>), CaptureError> {
+        // Whatever can be looked up before the stop is.
+        let mover = self.mover.clone();
+        let identify = |fd: std::os::fd::BorrowedFd<'_>| mover.streams.identify(fd);
+        let around = mover.surroundings(&identify, &self.party);
+        around.look();
+        // From here on what is sent to it would stay behind with the emptied process.
+        self.obeyed = self
+            .party
+            .iter()
+            .map(|(pid, _)| (*pid, mover.orders.close(*pid)))
+            .collect();
+        for (run, stream) in self.sources.iter().flat_map(Source::streams) {
+            mover.streams.settle(run, stream)?;
+        }
+        let started = Instant::now();
+        let mut sources = std::mem::take(&mut self.sources).into_iter();
+        while let Some(source) = sources.next() {
+            match source.freeze() {
+                Ok(frozen) => {
+                    self.times.frozen.get_or_insert(frozen.since);
+                    self.frozen.push(frozen);
+                }
+                Err((source, error)) => {
+                    self.sources = std::iter::once(*source).chain(sources).collect();
+                    return Err(error);
+                }
+            }
+        }
+        self.tight = true;
+        let stopped = Instant::now();
+        let mut processes = Vec::new();
+        let mut members = Vec::new();
+        let mut frozen_all = std::mem::take(&mut self.frozen);
+        for frozen in &mut frozen_all {
+            let captured = self.capture(frozen, &around);
+            match captured {
+                Ok((member, process)) => {
+                    members.push(member);
+                    processes.push(process);
+                }
+                Err(error) => {
+                    self.frozen = frozen_all;
+                    return Err(error);
+                }
+            }
+        }
+        self.frozen = frozen_all;
+        let captured = Instant::now();
+        for frozen in &mut self.frozen {
+            frozen.park()?;
+        }
+        let payload = payload::encode(&FrozenPayload { processes });
+        self.times.essence_bytes = payload.len() as u64;
+        tracing::debug!(
+            stop_us = (stopped - started).as_micros(),
+            capture_us = (captured - stopped).as_micros(),
+            park_us = captured.elapsed().as_micros(),
+            bytes = payload.len(),
+            "frozen"
+        );
+        Ok((members, payload))
+    }
+
+    pub(super) fn capture(
+        &mut self,
+        frozen: &mut Frozen,
+        around: &Surroundings<'_>,
+    ) -> Result<(Member, FrozenProcess), CaptureError> {
+        let pid = frozen.source.pid;
+        for (run, stream) in frozen.source.streams() {
+            self.mover.streams.settle(run, stream)?;
+        }
+        let mut essence = frozen.essence(around, &mut self.met)?;
+        let moving: Vec<Pid> = self.party.iter().map(|(pid, _)| *pid).collect();
+        essence.lineage.children.retain(|child| {
+            !moving.contains(&child.pid)
+                && self.mover.hidden.kind(child.pid) != Some(crate::processes::HiddenKind::Keeper)
+        });
+        self.mover.take_stops(&mut essence.lineage.children);
+        let arrival = self.mover.arrivals.get(pid);
+        let mut map = None;
+        let mut images = Vec::new();
+        if let Some(arrival) = &arrival
+            && let Some(Ok(withdrawn)) = arrival.space.as_ref().map(|space| space.withdraw())
+        {
+            map = Some(withdrawn.map.to_image());
+            images = arrival.images.iter().map(|(image, by)| (*image, *by)).collect();
+            self.withdrawn.insert(pid, withdrawn);
+        }
+        let mut ahead = None;
+        if let Some(image) = self.images.get(&pid).copied() {
+            let regions = demanded(&frozen.source.plan);
+            self.regions.insert(pid, regions.clone());
+            if frozen.source.is_sent_ahead() {
+                ahead = Some(Ahead {
+                    stale: frozen.source.stale(&regions)?,
+                    all_first: self.request.mode == MoveMode::Precopy,
+                });
+                self.mover.images.set_regions(image, regions);
+            } else {
+                self.serve(&frozen.source, image)?;
+            }
+        }
+        let mut ids = frozen.tids();
+        ids.retain(|tid| *tid != pid);
+        ids.extend(
+            [essence.lineage.pgid, essence.lineage.sid]
+                .into_iter()
+                .filter(|id| *id != pid && id.0 > 100),
+        );
+        // A child that has ended and is not yet waited for keeps its number.
+        let ended = essence.lineage.children.iter().filter(|child| child.ended.is_some());
+        ids.extend(ended.map(|child| child.pid));
+        ids.sort_unstable();
+        ids.dedup();
+        let left_by = images.iter().map(|(_, by)| *by).collect();
+        let member = lock(&self.mover.home).table().member(pid, ids, left_by);
+        let digest = if self.request.verify {
+            Some(frozen.digest(&essence)?)
+        } else {
+            None
+        };
+        Ok((
+            member,
+            FrozenProcess {
+                essence,
+                map,
+                digest,
+                images,
+                obeyed: self.obeyed.remove(&pid).unwrap_or_default(),
+                ahead,
+            },
+        ))
+    }
+
+    pub(super) fn on_unused(&self, pid: Pid) -> Box<dyn FnOnce(ImageId) + Send> {
+        let mover = self.mover.clone();
+        let (id, destination) = (self.plan.move_id, self.plan.destination);
+        Box::new(move |_| {
+            mover.image_is_unused(id, pid);
+            mover.to_source(id, SourceEvent::Drained(destination, pid));
+        })
+    }
+
+    pub(super) fn thaw(&mut self) {
+        self.tight = false;
+        for (pid, _) in &self.party {
+            lock(&self.mover.ends).remove(pid);
+        }
+        self.thaw_all();
+        for (pid, _) in &self.party {
+            self.mover.orders.open(*pid);
+        }
+    }
+
+    pub(super) fn thaw_all(&mut self) {
+        for image in self.images.values() {
+            self.mover.images.remove(*image);
+        }
+        for frozen in self.frozen.drain(..) {
+            let pid = frozen.source.pid;
+            // The pager must serve again before the program can fault again.
+            if let Some(withdrawn) = self.withdrawn.remove(&pid) {
+                self.mover.adopt_again(pid, withdrawn);
+            }
+            if let Err(error) = frozen.thaw() {
+                tracing::error!(%pid, %error, "a process could not be let run on");
+            }
+        }
+        self.sources.drain(..).for_each(Source::abandon);
+        self.thaw_left();
+    }
+
+    pub(super) fn make_images(&mut self) {
+        let to = self.plan.destination;
+        let leaving: Vec<i32> = self.party.iter().map(|(_, host)| *host).collect();
+        for mut frozen in std::mem::take(&mut self.frozen) {
+            let pid = frozen.source.pid;
+            self.watches.push(frozen.source.take_watch());
+            let streams = frozen.source.streams();
+            self.mover.exits.left(pid);
+            let task = (pid, frozen.source.host, frozen.is_stopped());
+            let mover = self.mover.clone();
+            let remember = |number| self.remember_image(pid, number);
+            match mover.leave_behind(task, || frozen.into_image(), &leaving, remember) {
+                Ok((_, keeper)) => {
+                    self.keepers.insert(pid, keeper);
+                    if let Some(image) = self.images.get(&pid) {
+                        self.mover.images.set_keeper(*image, keeper);
+                    }
+                }
+                Err(error) => tracing::error!(%pid, %error, "a departed process was not cleared away"),
+            }
+            self.mover.streams.departed(pid, &streams, to);
+            tracing::info!(%pid, %to, "a process has left");
+            self.mover.residents.remove(pid);
+            self.mover.orders.leave(pid);
+            if self.mover.arrivals.remove(pid).is_some() {
+                self.mover.forget_arrival(pid);
+            }
+        }
+        self.leave_left();
+        self.mover.sweep();
+    }
+
+    pub(super) fn remember_image(&mut self, pid: Pid, keeper: Pid) {
+        if let Some(id) = self.images.get(&pid) {
+            self.mover.remember_image(&ImageRecord {
+                id: *id,
+                by: self.plan.move_id,
+                pid,
+                keeper,
+                regions: self.regions.remove(&pid).unwrap_or_default(),
+                unused: false,
+            });
+        }
+    }
+
+    pub(super) fn forget_image(&mut self, pid: Pid) {
+        if let Some(image) = self.images.get(&pid) {
+            self.mover.images.remove(*image);
+        }
+        if let Some(keeper) = self.keepers.remove(&pid) {
+            self.mover.end_keeper(keeper);
+            self.mover.drop_image_record(self.plan.move_id, pid);
+        }
+    }
+}
+
+impl Mover {
+    /// Serves a space again whose move was given up.
+    pub(super) fn adopt_again(&self, pid: Pid, withdrawn: Withdrawn) {
+        let Withdrawn {
+            id: old,
+            observer,
+            pid: host,
+            uffd,
+            map,
+            claims,
+        } = withdrawn;
+        let id = self.pager.next_id();
+        let journal = Journal::begin(ClientId(random()), &map);
+        match &journal {
+            Ok(journal) => observer.renamed(old, id, uffd.as_fd(), journal.as_fd()),
+            Err(error) => tracing::error!(%pid, %error, "no journal for its address space"),
+        }
+        let space = NewSpace {
+            id: Some(id),
+            pid: host,
+            uffd,
+            map,
+            connect: self.connect(),
+            observer,
+            claims: Some(claims),
+            journal: journal.ok(),
+            ahead: None,
+        };
+        match self.pager.adopt(space) {
+            Ok(handle) => {
+                if let Some(mut arrival) = self.arrivals.get(pid) {
+                    arrival.space = Some(handle);
+                    self.arrivals.insert(pid, arrival);
+                }
+            }
+            Err((error, space)) => {
+                tracing::error!(%pid, %error, "the pager could not take a space back: the process waits");
+                // Without its userfaultfd the program would read zeros: better that it waits for ever.
+                std::mem::forget(space);
+            }
+        }
+    }
+
+    /// Keeps the claims of withdrawn spaces, whose pages from here are all there, until their new node has certainly claimed
+    /// the older images itself.
+    pub(super) fn hand_over(&self, withdrawn: BTreeMap<Pid, Withdrawn>) {
+        const GRACE: Duration = Duration::from_secs(3);
+        if withdrawn.is_empty() {
+            return;
+        }
+        let keep = std::thread::Builder::new().name("hand-over".into()).spawn(move || {
+            std::thread::sleep(GRACE);
+            // Until then a daemon that comes after this one does the same.
+            for space in withdrawn.values() {
+                space.observer.let_go(space.id);
+            }
+            drop(withdrawn);
+        });
+        if let Err(error) = keep {
+            tracing::error!(%error, "older images may be released too early");
+        }
+    }
+}

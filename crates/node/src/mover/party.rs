@@ -1,0 +1,246 @@
+//! Who takes part in a move: the processes that it covers, looked at where they run.
+//!
+//! Owns the look around before a move, and what is in its way. Refuses to move anything.
+
+use super::outgoing::{MoveOutcome, failure};
+use super::{Mover, NEST_FILTERS, lock, payload};
+use crate::capture::{CaptureError, Met, Source, Surroundings};
+use crate::obstacle::obstacle;
+use dunlin_proto::control::{Failure, FailureKind, Obstacle};
+use dunlin_proto::ids::{MoveId, Pid, Slot};
+use dunlin_proto::image::{Lineage, Plan as ProcessPlan};
+use dunlin_proto::peer::{PeerReply, PeerRequest};
+use dunlin_sys::procfs::ProcDir;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+impl Mover {
+    /// What would keep a process that is here from moving, to a node or to any.
+    pub fn examine_here(&self, pid: Pid, to: Option<Slot>) -> std::io::Result<Result<Vec<Obstacle>, Failure>> {
+        let mover = self.arc();
+        // On a thread of its own: ptrace is bound to threads.
+        let thread = std::thread::Builder::new()
+            .name(format!("examine-{pid}"))
+            .spawn(move || {
+                let mut met = Vec::new();
+                let party = mover.party(pid, false)?;
+                let prepared = mover.prepare_sources(&party, &mut met, false);
+                match prepared {
+                    Ok(sources) => {
+                        let obstacles = to.map_or(Ok(Vec::new()), |to| mover.examine_there(&sources, to));
+                        sources.into_iter().for_each(Source::abandon);
+                        obstacles
+                    }
+                    Err(MoveOutcome::Refused(obstacles)) => Ok(obstacles),
+                    Err(MoveOutcome::Failed(failure)) => Err(failure),
+                    Err(MoveOutcome::Moved(_)) => Ok(Vec::new()),
+                }
+            })?;
+        thread
+            .join()
+            .map_err(|_| std::io::Error::other("the examination did not end well"))
+    }
+
+    /// The processes that a move covers, with their numbers on this machine, parents first.
+    pub(super) fn party(&self, pid: Pid, tree: bool) -> Result<Vec<(Pid, i32)>, Failure> {
+        let nobody = || {
+            failure(
+                FailureKind::NoProcess,
+                format!("process {pid} is not on this node"),
+                None,
+            )
+        };
+        if self.hidden.kind(pid).is_some() {
+            return Err(nobody());
+        }
+        let host = self.nest.host_pid(pid).ok().flatten().ok_or_else(nobody)?;
+        let mut party = vec![(pid, host)];
+        let mut next = 0;
+        while tree && next < party.len() {
+            let children = children_of(party[next].1);
+            // One that has ended and is not yet waited for stays behind: its parent finds its status wherever that is.
+            let news = children
+                .into_iter()
+                .filter(|(child, host)| self.hidden.kind(*child).is_none() && !has_ended(*host));
+            party.extend(news.collect::<Vec<_>>());
+            next += 1;
+        }
+        Ok(party)
+    }
+
+    pub(super) fn prepare_sources(
+        &self,
+        party: &[(Pid, i32)],
+        met: &mut Vec<Met>,
+        watch: bool,
+    ) -> Result<Vec<Source>, MoveOutcome> {
+        let identify = |fd: std::os::fd::BorrowedFd<'_>| self.streams.identify(fd);
+        let around = self.surroundings(&identify, party);
+        let mut sources: Vec<Source> = Vec::new();
+        let mut obstacles = Vec::new();
+        for (pid, host) in party {
+            let prepared = self
+                .lineage(*pid, *host)
+                .and_then(|lineage| Source::prepare(*host, lineage, NEST_FILTERS, &around, met, watch));
+            match prepared {
+                Ok(source) => sources.push(source),
+                Err(CaptureError::Obstacles(more)) => obstacles.extend(more),
+                Err(error) => {
+                    sources.into_iter().for_each(Source::abandon);
+                    if matches!(error, CaptureError::Gone) && has_ended(*host) && party.first() == Some(&(*pid, *host))
+                    {
+                        let message = format!("process {pid} has ended");
+                        return Err(MoveOutcome::Failed(failure(FailureKind::NoProcess, message, None)));
+                    }
+                    return Err(MoveOutcome::Failed(failure(
+                        FailureKind::MoveFailed,
+                        format!("process {pid} cannot be captured: {error}; it runs on here"),
+                        None,
+                    )));
+                }
+            }
+        }
+        for source in &sources {
+            let watched = source.is_watched() && self.arrivals.get(source.pid).is_none_or(|a| a.space.is_none());
+            if watched {
+                obstacles.push(obstacle(
+                    source.pid,
+                    "memory",
+                    format_args!("process {}", source.pid),
+                    "it was forked by a process whose pages were still elsewhere, and so are some of its own",
+                    "try again when its parent's pages have come (see `pages_elsewhere` in `dunlin ps`)",
+                ));
+            }
+        }
+        if obstacles.is_empty() {
+            return Ok(sources);
+        }
+        sources.into_iter().for_each(Source::abandon);
+        Err(MoveOutcome::Refused(obstacles))
+    }
+
+    pub(super) fn surroundings<'a>(
+        &self,
+        identify: &'a dyn Fn(std::os::fd::BorrowedFd<'_>) -> Option<(dunlin_proto::ids::RunId, u8)>,
+        party: &[(Pid, i32)],
+    ) -> Surroundings<'a> {
+        let moving: Vec<i32> = party.iter().map(|(_, host)| *host).collect();
+        let staying = self
+            .neighbours()
+            .into_iter()
+            .filter(|(host, pid)| !moving.contains(host) && pid.0 > 1 && self.hidden.kind(*pid).is_none());
+        Surroundings::new(identify, moving.clone(), staying.collect())
+    }
+
+    /// All processes of the nest: host numbers and PIDs.
+    pub(super) fn neighbours(&self) -> Vec<(i32, Pid)> {
+        let mut found = Vec::new();
+        let mut queue = vec![self.nest.init_pid()];
+        while let Some(host) = queue.pop() {
+            for (pid, child) in children_of(host) {
+                found.push((child, pid));
+                queue.push(child);
+            }
+        }
+        found
+    }
+
+    pub(super) fn lineage(&self, pid: Pid, host: i32) -> Result<Lineage, CaptureError> {
+        let dir = ProcDir::process(host);
+        let status = dir.status()?;
+        let last = |numbers: &[i32]| numbers.last().copied().map_or(Pid(0), Pid);
+        let parent = ProcDir::process(status.ppid)
+            .status()
+            .map(|s| last(&s.ns_pids))
+            .unwrap_or(Pid(1));
+        let resident = self.residents.get(pid);
+        let command = match &resident {
+            Some(resident) => resident.command.clone(),
+            None => {
+                let text = dir.bytes("cmdline")?;
+                let words: Vec<_> = text.split(|b| *b == 0).filter(|w| !w.is_empty()).collect();
+                String::from_utf8_lossy(&words.join(&b' ')).into_owned()
+            }
+        };
+        Ok(Lineage {
+            pid,
+            ppid: parent,
+            pgid: last(&status.ns_pgids),
+            sid: last(&status.ns_sids),
+            children: Vec::new(),
+            moves: resident.map_or(0, |r| r.moves),
+            command,
+        })
+    }
+
+    /// Asks the destination whether everything that the plans name is there.
+    pub(super) fn examine_there(&self, sources: &[Source], to: Slot) -> Result<Vec<Obstacle>, Failure> {
+        let plans: Vec<ProcessPlan> = sources
+            .iter()
+            .map(|s| ProcessPlan {
+                file_pages: Vec::new(),
+                ..s.plan.clone()
+            })
+            .collect();
+        match self.peers.call(
+            to,
+            &PeerRequest::Examine {
+                plans: payload::encode(&plans),
+            },
+        ) {
+            Ok(PeerReply::Obstacles(obstacles)) => Ok(obstacles),
+            Ok(PeerReply::Failed(failure)) => Err(failure),
+            Ok(_) => Err(failure(
+                FailureKind::Other,
+                "the destination gave an answer to another question".into(),
+                None,
+            )),
+            Err(error) => Err(failure(FailureKind::Unreachable, error.to_string(), None)),
+        }
+    }
+
+    pub(super) fn reserve_party(&self, party: &[(Pid, i32)], id: MoveId) -> Result<(), MoveOutcome> {
+        let mut busy = lock(&self.busy);
+        // A process that has just come may go on when its home knows that it is here: a matter of milliseconds.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let arriving = |busy: &BTreeMap<Pid, MoveId>| {
+            party
+                .iter()
+                .any(|(pid, _)| busy.get(pid).is_some_and(|by| by.source != self.here))
+        };
+        while arriving(&busy) && Instant::now() < deadline {
+            drop(busy);
+            std::thread::sleep(Duration::from_millis(1));
+            busy = lock(&self.busy);
+        }
+        for (pid, _) in party {
+            if let Some(other) = busy.get(pid) {
+                let message = format!("process {pid} is already being moved ({other})");
+                let hint = Some("wait for that move to end");
+                return Err(MoveOutcome::Failed(failure(FailureKind::Invalid, message, hint)));
+            }
+        }
+        busy.extend(party.iter().map(|(pid, _)| (*pid, id)));
+        Ok(())
+    }
+}
+
+pub(super) fn children_of(host: i32) -> Vec<(Pid, i32)> {
+    let dir = ProcDir::process(host);
+    let mut children = Vec::new();
+    for tid in dir.threads().unwrap_or_default() {
+        let text = dir.text(&format!("task/{tid}/children")).unwrap_or_default();
+        for child in text.split_ascii_whitespace().filter_map(|n| n.parse::<i32>().ok()) {
+            if let Ok(status) = ProcDir::process(child).status()
+                && let Some(pid) = status.ns_pids.last()
+            {
+                children.push((Pid(*pid), child));
+            }
+        }
+    }
+    children
+}
+
+fn has_ended(host: i32) -> bool {
+    ProcDir::process(host).status().is_ok_and(|status| status.state == 'Z') || !ProcDir::process(host).path("").exists()
+}
