@@ -366,6 +366,11 @@ impl PageMap {
         self.images.iter().copied()
     }
 
+    /// An image that holds none of its pages (any more) expects to be released.
+    pub fn expect(&mut self, image: ImageId) {
+        self.images.insert(image);
+    }
+
     /// How many pages are at each image that holds any.
     pub fn per_image(&self) -> &BTreeMap<ImageId, u64> {
         &self.away

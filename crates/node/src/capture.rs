@@ -9,6 +9,7 @@
 mod ahead;
 mod descriptors;
 pub mod freeze;
+pub mod held;
 mod questions;
 mod sleep;
 pub mod space;
@@ -31,7 +32,7 @@ use dunlin_proto::ids::{Pid, RunId};
 use dunlin_proto::image::{
     DescriptionKind, Files, Lineage, MappingKind, Pages, Plan, ProcessImage, Space, ThreadImage, Traits,
 };
-use dunlin_sys::foothold::{Foothold, FootholdError};
+use dunlin_sys::foothold::{Foothold, FootholdError, syscall_instruction};
 use dunlin_sys::inspect;
 use dunlin_sys::pagemap::{self, Query};
 use dunlin_sys::procfs::ProcDir;
@@ -40,7 +41,8 @@ use dunlin_sys::procfs::limits;
 use dunlin_sys::procfs::maps::{Mapping, VmFlags};
 use dunlin_sys::procfs::status::Status;
 use dunlin_sys::ptrace::{Options, Registers, Running, Stop, Stopped, TraceError};
-use dunlin_sys::script::{Script, ScriptError};
+use dunlin_sys::refuge::Refuge;
+use dunlin_sys::script::{Held, Script, ScriptError};
 use dunlin_sys::uffd::Uffd;
 use questions::{ProcessAnswers, ProcessQuestions};
 use sleep::Sleeps;
@@ -144,6 +146,7 @@ pub struct Source {
     tids: BTreeMap<i32, Pid>,
     sleeps: Sleeps,
     nest_filters: usize,
+    refuge: Option<Refuge>,
     writes: ahead::Writes,
     /// The listing is newer than the plan.
     looked_again: bool,
@@ -192,6 +195,7 @@ impl Source {
 
         let mut sleeps = Sleeps::default();
         let memory = File::open(dir.path("mem"))?;
+        let refuge = Refuge::find(host, syscall_instruction(&dir)?)?;
         sleeps.look(host, host);
         let (thread, stop) = stop_one(pid, Running::seize(host, Options::default())?)?;
         let (registers, mask) = (thread.registers()?, thread.signal_mask()?);
@@ -203,22 +207,23 @@ impl Source {
         let thread = finish_write(thread, host, &mut restore, mask, &memory)?;
         let filters = freeze::own_filters(&thread, status.seccomp_filters, nest_filters);
         let asked = Trap::look(&dir).map_err(CaptureError::from).and_then(|trap| {
-            first_stop(
-                thread,
-                host,
-                &timers,
-                trap,
-                watch && filters.as_ref().is_ok_and(Vec::is_empty),
-            )
+            let held = Held {
+                tid: host,
+                mask,
+                registers: restore,
+            };
+            let watch = watch && filters.as_ref().is_ok_and(Vec::is_empty);
+            first_stop(thread, &held, refuge, &timers, trap, watch)
         });
         // Whatever came of it, the program must run on as it was.
         let thread = Stopped::assume(host);
         let undone = thread
-            .set_registers(&restore)
-            .and_then(|()| thread.set_signal_mask(mask))
+            .set_signal_mask(mask)
+            .and_then(|()| thread.set_registers(&restore))
             .and_then(|()| thread.detach(0));
         let (foothold, answers, watched) = asked?;
         undone?;
+        foothold.arena.release();
         let seccomp = filters?;
 
         let hole = foothold.range();
@@ -277,6 +282,7 @@ impl Source {
             tids: looked.tids,
             sleeps,
             nest_filters,
+            refuge,
             writes: watched.map_or(ahead::Writes::Unwatched, ahead::Writes::Watchable),
             looked_again: false,
         };
@@ -422,13 +428,19 @@ fn unstoppable(pid: Pid, tid: i32) -> Obstacle {
 /// Plants the foothold and asks the process what only it can answer. The caller puts registers and mask back.
 fn first_stop(
     thread: Stopped,
-    host: i32,
+    held: &Held,
+    refuge: Option<Refuge>,
     timers: &[dunlin_sys::procfs::fdinfo::PosixTimer],
     trap: Trap,
     watch: bool,
 ) -> Result<(Foothold, ProcessAnswers, Option<Uffd>), CaptureError> {
+    let host = held.tid;
+    if let Some(refuge) = refuge {
+        refuge.enter(&thread, host, held)?;
+    }
     thread.set_signal_mask(SCRIPT_MASK)?;
     let (thread, foothold) = Foothold::plant(thread, host, &[])?;
+    foothold.arena.hold(0, held);
     let mut script = Script::new(&foothold.arena);
     let questions = ProcessQuestions::ask(&mut script, timers);
     let (thread, answers) = script.run(thread)?;
@@ -471,10 +483,18 @@ fn give_up(host: i32, foothold: &Foothold, reason: CaptureError) -> CaptureError
         let mut registers = sleep::made_again(&registers).unwrap_or(registers);
         let memory = File::open(ProcDir::process(host).path("mem"))?;
         let thread = finish_write(thread, host, &mut registers, mask, &memory)?;
+        let held = Held {
+            tid: host,
+            mask,
+            registers,
+        };
+        if let Some(refuge) = Refuge::find(host, foothold.syscall_at)? {
+            refuge.enter(&thread, host, &held)?;
+        }
         thread.set_signal_mask(SCRIPT_MASK)?;
         let thread = foothold.uproot(thread)?;
-        thread.set_registers(&registers)?;
         thread.set_signal_mask(mask)?;
+        thread.set_registers(&held.registers)?;
         Ok(thread.detach(0)?)
     };
     if let Err(error) = undo() {

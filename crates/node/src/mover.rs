@@ -6,6 +6,7 @@
 //! decisions ([`decisions`]) are made where a word arrives. Invariant: whether a copy may run is said by
 //! `dunlin_cluster::relocation` alone.
 
+mod again;
 mod ahead;
 mod arrivals;
 mod attempts;
@@ -24,7 +25,8 @@ mod second_hand;
 pub use incoming::raw_clocks;
 pub use outgoing::{MoveOutcome, Report, Reporter};
 
-use crate::capture::freeze::Frozen;
+use crate::capture::CaptureError;
+use crate::capture::freeze::LeftBehind;
 use crate::config::NodeConfig;
 use crate::entries::Entries;
 use crate::install::{Installer, Verdict};
@@ -111,6 +113,8 @@ pub struct Mover {
     destinations: Mutex<BTreeMap<MoveId, Sender<Word>>>,
     /// Processes that a move of this node covers.
     busy: Mutex<BTreeMap<Pid, MoveId>>,
+    /// Processes that have ended elsewhere before their surrogates stood here.
+    ends: Mutex<BTreeMap<Pid, ExitStatus>>,
     started: Instant,
     me: Weak<Mover>,
 }
@@ -140,7 +144,7 @@ const TICK: Duration = Duration::from_millis(100);
 const SWEEP_TICKS: u32 = 10;
 
 impl Mover {
-    /// A mover, with its thread that repeats what was not answered.
+    /// A mover, which says and does nothing before it has [recovered](Mover::recover).
     pub fn start(parts: Parts) -> io::Result<Arc<Mover>> {
         let Parts {
             config,
@@ -170,6 +174,7 @@ impl Mover {
             sources: Mutex::default(),
             destinations: Mutex::default(),
             busy: Mutex::default(),
+            ends: Mutex::default(),
             started: Instant::now(),
             me: me.clone(),
             config,
@@ -181,7 +186,12 @@ impl Mover {
             streams,
             installer,
         });
-        let weak = Arc::downgrade(&mover);
+        Ok(mover)
+    }
+
+    /// Begins to speak: all records of the last daemon are taken up, and what it was told is for moves that are known.
+    fn begin(&self) -> io::Result<()> {
+        let weak = self.me.clone();
         std::thread::Builder::new().name("mover-tick".into()).spawn(move || {
             let mut ticks = 0u32;
             while let Some(mover) = weak.upgrade() {
@@ -194,8 +204,9 @@ impl Mover {
                 std::thread::sleep(TICK);
             }
         })?;
-        mover.run_decisions();
-        Ok(mover)
+        self.run_decisions();
+        self.run_outbox();
+        Ok(())
     }
 
     /// Looks at a notification of the nest; false if it is not the mover's.
@@ -319,14 +330,20 @@ impl Mover {
 
     /// Clears away a process that runs elsewhere now: its memory stays with a keeper (whose numbers come back), and
     /// of the process a surrogate where somebody here still needs its number (who does not leave with it).
-    fn leave_behind(&self, frozen: Frozen, leaving: &[i32]) -> io::Result<(Pid, i32)> {
-        let (pid, host) = (frozen.source.pid, frozen.source.host);
+    fn leave_behind(
+        &self,
+        (pid, host, stopped): (Pid, i32, bool),
+        into_image: impl FnOnce() -> Result<LeftBehind, CaptureError>,
+        leaving: &[i32],
+        remember: impl FnOnce(Pid),
+    ) -> io::Result<(Pid, i32)> {
         let comm = ProcDir::process(host).bytes("comm")?;
-        let stopped = frozen.is_stopped();
-        let left = frozen.into_image().map_err(io::Error::other)?;
+        let left = into_image().map_err(io::Error::other)?;
         let number = left.keeper;
         self.hidden.insert(number, HiddenKind::Keeper);
         let keeper = self.nest.host_pid(number)?.ok_or(io::ErrorKind::NotFound)?;
+        // As long as the first thread is there, a later daemon finds the keeper by it; from here on by this.
+        remember(number);
         let kind = if self.modulus().home(pid) == Some(self.here) {
             HiddenKind::Departed
         } else if self.has_relatives_here(pid, leaving) {
@@ -341,6 +358,7 @@ impl Mover {
             HiddenKind::Leaving => left.exit().map_err(io::Error::other)?,
             _ => self.entries.stay(left, pid, host, comm.trim_ascii_end())?,
         }
+        self.end_if_ended(pid);
         Ok((number, keeper))
     }
 

@@ -9,6 +9,7 @@
 
 mod claims;
 mod family;
+mod journal;
 mod lane;
 mod link;
 mod pace;
@@ -23,6 +24,7 @@ use dunlin_cluster::page_map::PageMap;
 use dunlin_proto::control::Quantiles;
 use dunlin_proto::ids::ImageId;
 use dunlin_sys::uffd::Uffd;
+pub use journal::{Journal, JournalError, Told};
 use rustix::fd::BorrowedFd;
 use stats::Shared;
 use std::collections::{BTreeMap, BTreeSet};
@@ -63,9 +65,9 @@ pub enum Finish {
 /// Is told what happens to spaces, on the pager's own thread: it must not block, nor touch the program's memory.
 pub trait Observer: Send + Sync {
     /// A program forked while pages were away. The child waits for its pages as its parent does; whoever keeps second
-    /// copies of fatal descriptors duplicates `uffd` now.
-    fn forked(&self, parent: SpaceId, child: &SpaceHandle, uffd: BorrowedFd<'_>) {
-        let _ = (parent, child, uffd);
+    /// copies of fatal descriptors duplicates `uffd` now, and `journal` with it.
+    fn forked(&self, parent: SpaceId, child: &SpaceHandle, uffd: BorrowedFd<'_>, journal: BorrowedFd<'_>) {
+        let _ = (parent, child, uffd, journal);
     }
 
     /// The work on a space is over, and its userfaultfd is about to be closed. Whoever holds a copy of it must have
@@ -74,12 +76,25 @@ pub trait Observer: Send + Sync {
     fn finished(&self, space: SpaceId, how: Finish) {
         let _ = (space, how);
     }
+
+    /// A space that had been [withdrawn](SpaceHandle::withdraw) is served by another pager, or its program runs elsewhere:
+    /// copies of its descriptor are of no further use.
+    fn let_go(&self, space: SpaceId) {
+        let _ = space;
+    }
+
+    /// A space that had been withdrawn comes back to the pager under another name and with another journal.
+    fn renamed(&self, old: SpaceId, new: SpaceId, uffd: BorrowedFd<'_>, journal: BorrowedFd<'_>) {
+        let _ = (old, new, uffd, journal);
+    }
 }
 
 impl Observer for () {}
 
 /// An address space whose pages are elsewhere.
 pub struct NewSpace {
+    /// A name from [`Pager::next_id`], if it has one already.
+    pub id: Option<SpaceId>,
     /// The program's PID on this machine, if known.
     pub pid: Option<i32>,
     /// Its userfaultfd, with [`Features::CHANGES`](dunlin_sys::uffd::Features::CHANGES) negotiated and the map's
@@ -93,14 +108,34 @@ pub struct NewSpace {
     pub observer: Arc<dyn Observer>,
     /// From a [`Withdrawn`] space: kept until the images have been claimed anew.
     pub claims: Option<Claims>,
+    /// Begun with this map, if somebody keeps it beyond this daemon's life; without, it dies with the daemon.
+    pub journal: Option<Journal>,
     /// The program does not run yet, and its source still does: the memory (`/proc/PID/mem`, to be written). Such a
     /// space is not finished when it is drained but stays until it is withdrawn, its pages can be [called
     /// back](SpaceHandle::recall), and one that comes again overwrites what is there.
     pub ahead: Option<File>,
 }
 
+/// A space that a former daemon served, with what its journal told.
+pub struct Survivor {
+    /// A name from [`Pager::next_id`].
+    pub id: SpaceId,
+    /// The program's PID on this machine, if known.
+    pub pid: Option<i32>,
+    /// A copy of its userfaultfd.
+    pub uffd: Uffd,
+    /// Where its pages are, as its journal told.
+    pub map: PageMap,
+    /// Its journal.
+    pub journal: Journal,
+}
+
 /// A space that the pager has given back.
 pub struct Withdrawn {
+    /// Its name: for [`Observer::let_go`], when it is somebody else's.
+    pub id: SpaceId,
+    /// Who was told of it.
+    pub observer: Arc<dyn Observer>,
     /// Its PID as it was given.
     pub pid: Option<i32>,
     /// Its userfaultfd. Pages that are still elsewhere turn into zeros if the last copy is closed while the program can
@@ -172,6 +207,22 @@ impl Pager {
     /// Serves a space from now on, on a new thread. If there is no thread to be had, the space comes back.
     pub fn adopt(&self, new: NewSpace) -> Result<SpaceHandle, (io::Error, Box<NewSpace>)> {
         family::start(&self.shared, new)
+    }
+
+    /// A name for a space that is about to be adopted or taken up.
+    pub fn next_id(&self) -> SpaceId {
+        self.shared.next_id()
+    }
+
+    /// Serves the spaces of a family again, whose daemon was killed. Who waits for a page asks for it anew. If there is no
+    /// thread to be had, the descriptors are kept open for ever: their programs wait.
+    pub fn take_up(
+        &self,
+        survivors: Vec<Survivor>,
+        connect: Arc<Connect>,
+        observer: Arc<dyn Observer>,
+    ) -> io::Result<Vec<SpaceHandle>> {
+        family::go_on(&self.shared, survivors, connect, observer)
     }
 
     /// The space of a process, by its PID on this machine. A child that was forked while pages were away is told from

@@ -28,7 +28,7 @@ struct Observed {
 }
 
 impl Observer for Observed {
-    fn forked(&self, _parent: SpaceId, child: &SpaceHandle, _uffd: BorrowedFd<'_>) {
+    fn forked(&self, _parent: SpaceId, child: &SpaceHandle, _uffd: BorrowedFd<'_>, _journal: BorrowedFd<'_>) {
         self.children.lock().unwrap().push(child.clone());
     }
 

@@ -51,7 +51,7 @@ impl Model {
 struct Children(Mutex<Vec<SpaceHandle>>);
 
 impl Observer for Children {
-    fn forked(&self, _parent: SpaceId, child: &SpaceHandle, _uffd: BorrowedFd<'_>) {
+    fn forked(&self, _parent: SpaceId, child: &SpaceHandle, _uffd: BorrowedFd<'_>, _journal: BorrowedFd<'_>) {
         self.0.lock().unwrap().push(child.clone());
     }
 }

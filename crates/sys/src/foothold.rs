@@ -127,6 +127,41 @@ impl Foothold {
         ))
     }
 
+    /// The foothold that a former tracer has left in a process, if there is one.
+    pub fn find(process: i32) -> Result<Option<Foothold>, FootholdError> {
+        let io = |what| move |source| FootholdError::Io { what, source };
+        let dir = ProcDir::process(process);
+        let text = dir.bytes("maps").map_err(io("maps"))?;
+        let mappings = maps::parse(&text).map_err(|e| FootholdError::Io {
+            what: "maps",
+            source: e.into(),
+        })?;
+        let Some(vdso) = mappings.iter().find(|m| m.name == b"[vdso]") else {
+            return Ok(None);
+        };
+        for pair in mappings.windows(2) {
+            let [code, data] = pair else { continue };
+            let is_arena = Foothold::is_arena(code)
+                && code.length() == PAGE
+                && data.start == code.end
+                && data.length() == ARENA_BYTES - PAGE
+                && data.name == code.name;
+            if !is_arena {
+                continue;
+            }
+            let path = dir.path(&format!("map_files/{:x}-{:x}", data.start, data.end));
+            let memfd = File::options().read(true).write(true).open(path);
+            let memfd = memfd.map_err(io("the target's memfd"))?;
+            if let Some(arena) = Arena::found(memfd.into(), code.start).map_err(io("the target's memfd"))? {
+                return Ok(Some(Foothold {
+                    arena,
+                    syscall_at: find_syscall(&dir, vdso)?,
+                }));
+            }
+        }
+        Ok(None)
+    }
+
     /// Whether a mapping is of some foothold, by the name that only such a file has.
     pub fn is_arena(mapping: &maps::Mapping) -> bool {
         mapping.shared && mapping.name.starts_with(b"/memfd:\x7fELF")
@@ -197,9 +232,16 @@ fn find_syscall(dir: &ProcDir, vdso: &maps::Mapping) -> Result<u64, FootholdErro
         what: "the vDSO",
         source,
     })?;
-    let at = code
-        .windows(2)
-        .position(|w| w == [0x0f, 0x05])
+    let calls = || {
+        code.windows(2)
+            .enumerate()
+            .filter(|(_, w)| *w == [0x0f, 0x05])
+            .map(|(at, _)| at)
+    };
+    // One with a plain return after it, for the sake of a refuge.
+    let at = calls()
+        .find(|at| crate::refuge::returns_plainly(&code[at + 2..]))
+        .or_else(|| calls().next())
         .ok_or(FootholdError::NoVdso)?;
     Ok(vdso.start + at as u64)
 }

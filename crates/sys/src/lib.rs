@@ -19,11 +19,13 @@ pub mod procfs;
 pub mod ptrace;
 #[cfg(feature = "puppet")]
 pub mod puppet;
+pub mod refuge;
 pub mod script;
 pub mod seccomp;
 pub mod sigwait;
 pub mod spawn;
 pub mod surrogate;
+pub mod tape;
 pub mod termination;
 pub mod uffd;
 pub mod vmcopy;

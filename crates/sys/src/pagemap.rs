@@ -76,6 +76,14 @@ impl Query {
         report: Kinds(0),
         protect: false,
     };
+    /// Pages that are in memory for certain, whatever is in them. (What is in swap looks like a marker of a missing one.)
+    pub const HERE: Query = Query {
+        all_of: Kinds::PRESENT,
+        none_of: Kinds(0),
+        any_of: Kinds(0),
+        report: Kinds(0),
+        protect: false,
+    };
     /// Pages written since the last such scan.
     pub const TAKE_WRITTEN: Query = Query {
         all_of: Kinds(Kinds::WRITTEN.0),

@@ -3,10 +3,11 @@
 //! Owns the loop (a few dozen instructions without a stack) that walks an array of records, and the [`Arena`]: a memfd
 //! mapped by the tracer and by the target, whose first page is the loop and whose rest holds records and buffers.
 //! Refuses to know what the calls are for. Invariants: the loop never returns into the program; after every run the
-//! caller's registers are back, so that a tracer that dies leaves the thread where it was; a child made by a record
-//! marked [`Script::child_parks`] waits in `pause` for ever; records of one arena are run by one thread at a time.
+//! caller's registers are back, so that a tracer that dies leaves the thread where it was; if it dies during a run, the
+//! thread waits at the script's end; what it was is told by the arena's [held](Arena::hold) threads; a child made by a
+//! record marked [`Script::child_parks`] waits in `pause` for ever; records of one arena are run by one thread at a time.
 
-use crate::ptrace::{Event, Registers, Stop, Stopped, TraceError};
+use crate::ptrace::{Event, Registers, Running, Stop, Stopped, TraceError};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -42,8 +43,13 @@ std::arch::global_asm!(
     "4: add rbx, 64",
     "   dec r12",
     "   jmp 2b",
-    "5: int3",
-    "   jmp 5b",
+    // r13: the word that says that the script is over. The tracer stops the thread then; if there is none any more, it
+    // waits, where a breakpoint would kill it.
+    "5: mov qword ptr [r13], 1",
+    "   mov ecx, 4000",
+    "6: pause",
+    "   dec ecx",
+    "   jnz 6b",
     "dunlin_script_park:",
     "   mov eax, 34",
     "   syscall",
@@ -77,8 +83,47 @@ pub const PAGE: u64 = 4096;
 /// How much address space an arena takes in the target.
 pub const ARENA_BYTES: u64 = 4 << 20;
 const RECORD_BYTES: u64 = 64;
+/// Behind scripts and buffers: a header, and what threads were before they were made to do something else.
+const HELD_AT: u64 = ARENA_BYTES - (1 << 20);
+const HEADER_BYTES: u64 = 256;
+const HELD_BYTES: u64 = 256;
+/// So many threads can be held.
+pub const MAX_HELD: usize = ((ARENA_BYTES - HELD_AT - HEADER_BYTES) / HELD_BYTES) as usize;
+const MAGIC: u64 = 0x616e_6572_6164_7564;
+const DONE_AT: u64 = HELD_AT + 8;
+/// So many words of the holder's own.
+pub const NOTE_WORDS: usize = 8;
+const NOTE_AT: u64 = HELD_AT + 64;
+const REGISTER_WORDS: usize = size_of::<Registers>() / 8;
 const MUST_SUCCEED: u64 = 1 << 32;
 const CHILD_PARKS: u64 = 2 << 32;
+
+/// What a thread was before it was made to do something else.
+#[derive(Debug, Clone, Copy)]
+pub struct Held {
+    /// The thread, by the tracer's numbering.
+    pub tid: i32,
+    /// Its blocked signals.
+    pub mask: u64,
+    /// Its registers.
+    pub registers: Registers,
+}
+
+impl Held {
+    /// The registers as words.
+    pub fn words(&self) -> Vec<u64> {
+        // SAFETY: the structure is as many words and has no padding.
+        unsafe { std::slice::from_raw_parts((&raw const self.registers).cast::<u64>(), REGISTER_WORDS) }.to_vec()
+    }
+
+    /// A thread whose registers are these words; `None` for another count.
+    pub fn from_words(tid: i32, mask: u64, words: &[u64]) -> Option<Held> {
+        let words: [u64; REGISTER_WORDS] = words.try_into().ok()?;
+        // SAFETY: the structure is as many words, and any words are registers.
+        let registers = unsafe { std::mem::transmute::<[u64; REGISTER_WORDS], Registers>(words) };
+        Some(Held { tid, mask, registers })
+    }
+}
 
 /// Memory shared by the tracer and one target, with the loop in it.
 #[derive(Debug)]
@@ -110,7 +155,97 @@ impl Arena {
         let memory = NonNull::new(memory.cast()).ok_or(std::io::ErrorKind::OutOfMemory)?;
         let arena = Arena { memory, memfd, base };
         arena.write(0, code());
+        arena.word(HELD_AT).store(MAGIC, Ordering::Release);
         Ok(arena)
+    }
+
+    /// The arena that a former tracer has planted, by a descriptor of its memfd; `None` if it is no arena of this
+    /// version.
+    pub fn found(memfd: OwnedFd, base: u64) -> std::io::Result<Option<Arena>> {
+        if rustix::fs::fstat(&memfd)?.st_size != ARENA_BYTES as i64 {
+            return Ok(None);
+        }
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let memory = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                ARENA_BYTES as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                &memfd,
+                0,
+            )?
+        };
+        let memory = NonNull::new(memory.cast()).ok_or(std::io::ErrorKind::OutOfMemory)?;
+        let arena = Arena { memory, memfd, base };
+        let known = arena.word(HELD_AT).load(Ordering::Acquire) == MAGIC && arena.read(0, code().len()) == code();
+        Ok(known.then_some(arena))
+    }
+
+    /// Writes down what a thread is, before it is made to do something else: whoever finds the arena after the death of
+    /// its tracer can put it back. Beyond [`MAX_HELD`] there is no room, and nothing is written.
+    pub fn hold(&self, slot: usize, held: &Held) {
+        if slot >= MAX_HELD {
+            return;
+        }
+        let at = HELD_AT + HEADER_BYTES + slot as u64 * HELD_BYTES;
+        let word = |i: u64| self.word(at + 8 * i);
+        word(0).store(0, Ordering::Release);
+        word(1).store(held.mask, Ordering::Relaxed);
+        for (i, value) in held.words().iter().enumerate() {
+            word(2 + i as u64).store(*value, Ordering::Relaxed);
+        }
+        word(0).store(held.tid as u64, Ordering::Release);
+    }
+
+    /// All threads are what they were.
+    pub fn release(&self) {
+        for slot in 0..MAX_HELD as u64 {
+            let word = self.word(HELD_AT + HEADER_BYTES + slot * HELD_BYTES);
+            if word.load(Ordering::Relaxed) == 0 {
+                return;
+            }
+            word.store(0, Ordering::Release);
+        }
+    }
+
+    /// The threads that are held.
+    pub fn held(&self) -> Vec<Held> {
+        let mut all = Vec::new();
+        for slot in 0..MAX_HELD as u64 {
+            let at = HELD_AT + HEADER_BYTES + slot * HELD_BYTES;
+            let word = |i: u64| self.word(at + 8 * i).load(Ordering::Acquire);
+            if word(0) == 0 {
+                break;
+            }
+            let mut words = [0u64; REGISTER_WORDS];
+            words.iter_mut().zip(2..).for_each(|(to, i)| *to = word(i));
+            all.extend(Held::from_words(word(0) as i32, word(1), &words));
+        }
+        all
+    }
+
+    /// Words that whoever finds the arena must know.
+    pub fn note(&self, words: [u64; NOTE_WORDS]) {
+        for (i, word) in words.into_iter().enumerate() {
+            self.word(NOTE_AT + 8 * i as u64).store(word, Ordering::Release);
+        }
+    }
+
+    /// What was noted.
+    pub fn noted(&self) -> [u64; NOTE_WORDS] {
+        std::array::from_fn(|i| self.word(NOTE_AT + 8 * i as u64).load(Ordering::Acquire))
+    }
+
+    /// Is this address in the loop? A thread that is there does not do what it did.
+    pub fn is_inside(&self, rip: u64) -> bool {
+        (self.base..self.base + PAGE).contains(&rip)
+    }
+
+    fn word(&self, at: u64) -> &AtomicU64 {
+        assert!(at.is_multiple_of(8) && at + 8 <= ARENA_BYTES, "a word past the arena");
+        // SAFETY: an aligned word inside the mapping (asserted), which lives as long as `self`; the target may write it.
+        unsafe { AtomicU64::from_ptr(self.memory.as_ptr().add(at as usize).cast()) }
     }
 
     /// An arena over a memfd of the tracer's own.
@@ -245,7 +380,7 @@ impl<'a> Script<'a> {
             arena,
             records: Vec::new(),
             names: Vec::new(),
-            low: ARENA_BYTES,
+            low: HELD_AT,
         }
     }
 
@@ -361,11 +496,13 @@ impl<'a> Script<'a> {
             rip: self.arena.base,
             rbx: self.arena.base + PAGE,
             r12: count,
+            r13: self.arena.base + DONE_AT,
             // No restart logic of an interrupted call may move the instruction pointer.
             orig_rax: u64::MAX,
             rax: 0,
             ..*before
         };
+        self.arena.word(DONE_AT).store(0, Ordering::Release);
         thread.set_registers(&registers)?;
         Ok(count)
     }
@@ -377,24 +514,7 @@ impl<'a> Script<'a> {
         before: &Registers,
     ) -> Result<(Stopped, Result<Answers<'a>, ScriptError>), ScriptError> {
         let count = self.store(&thread, before)?;
-        let mut running = thread.resume(0)?;
-        let thread = loop {
-            let tid = running.tid();
-            match running.wait()? {
-                Event::Ended(_) => return Err(TraceError::Gone { tid }.into()),
-                Event::Stopped(thread, Stop::Signal(libc::SIGTRAP)) => break thread,
-                Event::Stopped(thread, Stop::Cloned(_) | Stop::Interrupt | Stop::Syscall | Stop::Group(_)) => {
-                    running = thread.resume(0)?;
-                }
-                Event::Stopped(thread, stop @ (Stop::Exec | Stop::Signal(_))) => {
-                    return Err(TraceError::Unexpected {
-                        tid: thread.tid(),
-                        stop,
-                    }
-                    .into());
-                }
-            }
-        };
+        let thread = self.await_end(thread.resume(0)?)?;
         let left = thread.registers()?.r12;
         if left == 0 {
             return Ok((thread, Ok(Answers { arena: self.arena })));
@@ -403,5 +523,45 @@ impl<'a> Script<'a> {
         let errno = crate::Errno(-self.arena.answer(index as u64) as i32);
         let name = self.names.get(index).copied().unwrap_or("?");
         Ok((thread, Err(ScriptError::Call { name, index, errno })))
+    }
+
+    /// Waits until the script is over, and stops the thread.
+    fn await_end(&self, mut running: Running) -> Result<Stopped, ScriptError> {
+        /// Awake for so long; then the thread may need this CPU; then the call is one that takes its time.
+        const SPINS: u32 = 4_000;
+        const YIELDS: u32 = SPINS + 2_000;
+        const NAP: std::time::Duration = std::time::Duration::from_micros(30);
+        let tid = running.tid();
+        let unexpected = |stop| Err(TraceError::Unexpected { tid, stop }.into());
+        let mut turns = 0u32;
+        while self.arena.word(DONE_AT).load(Ordering::Acquire) == 0 {
+            turns = turns.saturating_add(1);
+            match turns {
+                ..SPINS => std::hint::spin_loop(),
+                SPINS..YIELDS => std::thread::yield_now(),
+                YIELDS.. => std::thread::sleep(NAP),
+            }
+            if turns < SPINS && !turns.is_multiple_of(128) {
+                continue;
+            }
+            running = match running.poll()? {
+                Err(still) => still,
+                Ok(Event::Ended(_)) => return Err(TraceError::Gone { tid }.into()),
+                Ok(Event::Stopped(thread, Stop::Cloned(_) | Stop::Interrupt | Stop::Syscall | Stop::Group(_))) => {
+                    thread.resume(0)?
+                }
+                Ok(Event::Stopped(_, stop @ (Stop::Exec | Stop::Signal(_)))) => return unexpected(stop),
+            };
+        }
+        running.interrupt()?;
+        loop {
+            running = match running.wait()? {
+                Event::Ended(_) => return Err(TraceError::Gone { tid }.into()),
+                // Of a process that is stopped already, an interruption is reported as its group-stop.
+                Event::Stopped(thread, Stop::Interrupt | Stop::Group(_)) => return Ok(thread),
+                Event::Stopped(thread, Stop::Cloned(_) | Stop::Syscall) => thread.resume(0)?,
+                Event::Stopped(_, stop @ (Stop::Exec | Stop::Signal(_))) => return unexpected(stop),
+            };
+        }
     }
 }

@@ -11,8 +11,9 @@
 mod event;
 mod features;
 
+use crate::tape::{LANDING_BYTES, Tape};
 use crate::{Errno, check};
-pub use event::{Event, FaultKind};
+pub use event::{Change, Event, FaultKind, changes};
 use event::{MESSAGE_BYTES, parse};
 pub use features::{Features, Watch};
 use rustix::fd::{AsFd, BorrowedFd};
@@ -105,7 +106,7 @@ const UFFDIO_API: u64 = request(READ_WRITE, 0x3F, 24);
 const USERFAULTFD_IOC_NEW: u64 = request(0, 0x00, 0);
 
 /// So many messages are read at once.
-pub const MESSAGES_PER_READ: usize = 16;
+pub const MESSAGES_PER_READ: usize = LANDING_BYTES / MESSAGE_BYTES;
 
 /// A userfaultfd.
 #[derive(Debug)]
@@ -267,6 +268,27 @@ impl Uffd {
             into.extend(parse(message)?);
         }
         Ok(into.len() - before)
+    }
+
+    /// Like [`Uffd::read`], by way of a tape's landing: if this process is killed at any moment of it, the messages that
+    /// the kernel counts as read are found there.
+    pub fn read_by(&self, tape: &mut Tape, into: &mut Vec<Event>) -> Result<usize, UffdError> {
+        let bytes = match tape.land(&self.fd) {
+            Ok(bytes) => bytes,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(0),
+            Err(errno) => return Err(UffdError::Read(Errno(errno.raw_os_error()))),
+        };
+        let before = into.len();
+        for message in bytes.chunks_exact(MESSAGE_BYTES) {
+            into.extend(parse(message)?);
+        }
+        Ok(into.len() - before)
+    }
+
+    /// Wakes everybody who waits for a page: messages that a former holder of the descriptor read come again.
+    pub fn wake_all(&self) -> Result<(), UffdError> {
+        const LOWEST: u64 = 1 << 16;
+        self.wake(LOWEST, 0x7fff_ffff_f000 - LOWEST)
     }
 
     /// # Safety

@@ -2,8 +2,9 @@
 
 use dunlin_sys::foothold::Foothold;
 use dunlin_sys::procfs::ProcDir;
-use dunlin_sys::ptrace::{Options, Running, Stop};
-use dunlin_sys::script::{Script, ScriptError};
+use dunlin_sys::ptrace::{Options, Registers, Running, Stop};
+use dunlin_sys::refuge::Refuge;
+use dunlin_sys::script::{Held, NOTE_WORDS, Script, ScriptError};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -98,4 +99,104 @@ fn a_foothold_can_be_uprooted_and_the_program_goes_on() {
     while dir.status().unwrap().state != 'S' {}
     assert_eq!(dir.text("maps").unwrap(), maps);
     assert_eq!(dir.numbers("fd").unwrap(), descriptors);
+}
+
+/// ptrace is bound to threads: one that ends leaves its tracees as a killed process does.
+#[test]
+fn a_thread_whose_tracer_dies_in_a_script_waits_and_can_be_put_back() {
+    let target = Target::sleep();
+    let pid = target.pid();
+    let dir = ProcDir::process(pid);
+    while dir.text("comm").unwrap().trim() != "sleep" || dir.status().unwrap().state != 'S' {}
+    assert!(Foothold::find(pid).unwrap().is_none());
+    let maps = dir.text("maps").unwrap();
+    let before = std::thread::spawn(move || {
+        let (thread, _) = Running::seize(pid, Options::default()).unwrap().stop(soon()).unwrap();
+        let held = Held {
+            tid: pid,
+            mask: thread.signal_mask().unwrap(),
+            registers: thread.registers().unwrap(),
+        };
+        thread.set_signal_mask(!(1 << (libc::SIGTRAP - 1))).unwrap();
+        let (thread, foothold) = Foothold::plant(thread, pid, &[]).unwrap();
+        foothold.arena.hold(0, &held);
+        foothold.arena.note([7; NOTE_WORDS]);
+        let mut script = Script::new(&foothold.arena);
+        script.call("getpid", libc::SYS_getpid, &[]);
+        script.start(&thread).unwrap();
+        thread.resume(0).unwrap();
+        held
+    })
+    .join()
+    .unwrap();
+    let foothold = Foothold::find(pid).unwrap().unwrap();
+    assert_eq!(foothold.arena.noted(), [7; NOTE_WORDS]);
+    let [held] = foothold.arena.held()[..] else { panic!() };
+    assert_eq!((held.tid, held.mask), (pid, before.mask));
+    assert_eq!(held.registers.rip, before.registers.rip);
+    while !dir.text("syscall").unwrap().starts_with("34 ") {}
+    let (thread, _) = Running::seize(pid, Options::default()).unwrap().stop(soon()).unwrap();
+    assert!(foothold.arena.is_inside(thread.registers().unwrap().rip));
+    let thread = foothold.uproot(thread).unwrap();
+    thread.set_registers(&held.registers).unwrap();
+    thread.set_signal_mask(held.mask).unwrap();
+    thread.detach(0).unwrap();
+    // It sleeps again, by restart_syscall(2).
+    while !dir.text("syscall").unwrap().starts_with("219 ") {}
+    assert_eq!(dir.text("maps").unwrap(), maps);
+}
+
+#[test]
+fn a_thread_whose_tracer_dies_in_an_injected_call_spins_and_can_be_put_back() {
+    // A program that has the instruction: most libraries do.
+    let target = Target(
+        Command::new("python3")
+            .args(["-c", "import time; time.sleep(1000)"])
+            .spawn()
+            .unwrap(),
+    );
+    let pid = target.pid();
+    let dir = ProcDir::process(pid);
+    let asleep = |number: &str| {
+        let deadline = soon();
+        while !dir.text("syscall").unwrap().starts_with(number) {
+            assert!(Instant::now() < deadline, "{}", dir.text("syscall").unwrap());
+        }
+    };
+    asleep("230 ");
+    let before = std::thread::spawn(move || {
+        let at = dunlin_sys::foothold::syscall_instruction(&ProcDir::process(pid)).unwrap();
+        let refuge = Refuge::find(pid, at).unwrap().unwrap();
+        let (thread, _) = Running::seize(pid, Options::default()).unwrap().stop(soon()).unwrap();
+        let held = Held {
+            tid: pid,
+            mask: thread.signal_mask().unwrap(),
+            registers: thread.registers().unwrap(),
+        };
+        thread.set_signal_mask(!(1 << (libc::SIGTRAP - 1))).unwrap();
+        refuge.enter(&thread, pid, &held).unwrap();
+        let (thread, answer) = thread.inject(at, libc::SYS_getpid, [0; 6]).unwrap();
+        assert_eq!(answer, i64::from(pid));
+        // As if it had died between the call and what comes after it.
+        let waits = thread.registers().unwrap();
+        let call = Registers {
+            rip: at,
+            rax: libc::SYS_getpid as u64,
+            ..waits
+        };
+        thread.set_registers(&call).unwrap();
+        held
+    })
+    .join()
+    .unwrap();
+    asleep("running");
+    let (thread, _) = Running::seize(pid, Options::default()).unwrap().stop(soon()).unwrap();
+    let held = Refuge::escaped(&thread, pid).unwrap().unwrap();
+    assert_eq!((held.mask, held.words()), (before.mask, before.words()));
+    thread.set_registers(&held.registers).unwrap();
+    thread.set_signal_mask(held.mask).unwrap();
+    assert!(Refuge::escaped(&thread, pid).unwrap().is_none());
+    thread.detach(0).unwrap();
+    // It sleeps until a fixed time: the kernel makes the same call again.
+    asleep("230 ");
 }

@@ -35,6 +35,8 @@ pub struct DestinationRecord {
 pub enum Found {
     /// The copy runs (or is parked by a later move): it was resumed, or it would have died with the daemon.
     Running,
+    /// The copy is there, whole, and has never run: it waits for the home's word.
+    Waiting,
     /// It is not there: killed with the daemon ([`Ending::Lost`]), or resumed and ended since, as init knows.
     Ended(Ending),
 }
@@ -162,6 +164,13 @@ impl DestinationMove {
         match (ended, found) {
             (Some(ending), _) => this.tell_end(now, &members, ending),
             (None, Found::Running) => this.tell_running(now, &members),
+            (None, Found::Waiting) => {
+                let retry = Retry::asked(now);
+                this.tell_home(DestinationToHome::Commit {
+                    members: members.clone(),
+                });
+                this.state = State::Asking { members, retry };
+            }
             (None, Found::Ended(ending)) => {
                 this.tell_home(DestinationToHome::Gone);
                 let retry = Retry::asked(now);

@@ -301,3 +301,32 @@ fn a_loss_is_told_to_everyone() {
     let mut m = DestinationMove::recover(T, HERE, limits, record(Some(ending)), Found::Ended(Ending::Lost));
     assert_eq!(drain(&mut m), told);
 }
+
+#[test]
+fn a_copy_that_waits_after_a_restart_asks_again() {
+    let limits = Limits::default();
+    for granted in [true, false] {
+        let mut m = DestinationMove::recover(T, HERE, limits, record(None), Found::Waiting);
+        let first = m.poll_action();
+        assert!(
+            matches!(
+                &first,
+                Some(DestinationAction::Send {
+                    to: HOME,
+                    msg: MoveMsg::DestinationToHome(_, DestinationToHome::Commit { .. })
+                })
+            ),
+            "{first:?}"
+        );
+        assert_eq!(m.poll_action(), None, "it neither runs nor goes before the answer");
+        let word = if granted {
+            HomeToDestination::Granted
+        } else {
+            HomeToDestination::Denied
+        };
+        m.handle(T, DestinationEvent::FromHome(HOME, word));
+        let next = m.poll_action();
+        assert_eq!(next == Some(DestinationAction::Resume), granted);
+        assert_eq!(next == Some(DestinationAction::Destroy), !granted);
+    }
+}

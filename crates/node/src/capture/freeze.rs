@@ -4,6 +4,7 @@
 //! process goes on here or there. Invariants: until [`Frozen::park`] the death of this daemon lets the program run on;
 //! from then on it waits for a decision; [`Frozen::thaw`] puts back every register and mask.
 
+use super::held;
 use super::questions::{ProcessQuestions, ThreadQuestions};
 use super::threads::{self, FrozenThread};
 use super::{
@@ -19,7 +20,7 @@ use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::parse_timers;
 use dunlin_sys::procfs::maps;
 use dunlin_sys::ptrace::{Options, Running, Stop, Stopped};
-use dunlin_sys::script::Script;
+use dunlin_sys::script::{Held, Script};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -90,9 +91,13 @@ impl Source {
         let trap = Trap::look(&self.dir)?;
         let mut frozen: Vec<FrozenThread> = Vec::with_capacity(stopped.len());
         let mut stopped = stopped.into_iter();
+        held::Note::source(trap, &self.plan.image.signals.actions).leave(&self.foothold);
+        let mut slot = 0;
         while let Some(thread) = stopped.next() {
             let as_found = (thread.tid(), thread.registers()?, thread.signal_mask()?);
-            match self.settle(thread) {
+            let settled = self.settle(slot, thread);
+            slot += 1;
+            match settled {
                 Ok(thread) => frozen.push(thread),
                 // Killed; the whole process is, or it was a thread that nobody will miss.
                 Err(CaptureError::Gone) => {}
@@ -134,10 +139,17 @@ impl Source {
     }
 
     /// Brings a stopped thread to a place where it can be captured, and notes what it was doing.
-    fn settle(&mut self, thread: Stopped) -> Result<FrozenThread, CaptureError> {
+    fn settle(&mut self, slot: usize, thread: Stopped) -> Result<FrozenThread, CaptureError> {
         let host_tid = thread.tid();
         let tid = self.number_of(host_tid)?;
         let mask = thread.signal_mask()?;
+        // From here on this daemon's death must not change what it is.
+        let held = |registers| Held {
+            tid: host_tid,
+            mask,
+            registers,
+        };
+        self.foothold.arena.hold(slot, &held(thread.registers()?));
         thread.set_signal_mask(SCRIPT_MASK)?;
         let thread = self.leave_vdso(thread)?;
         let mut registers = thread.registers()?;
@@ -149,6 +161,7 @@ impl Source {
         if let Some(abort) = threads::rseq_abort(&thread, &self.memory, registers.rip)? {
             registers.rip = abort;
         }
+        self.foothold.arena.hold(slot, &held(registers));
         let sleep = self.sleeps.find(self.host, host_tid, &registers, &self.memory);
         Ok(FrozenThread {
             thread,
@@ -440,13 +453,24 @@ impl Frozen {
             source, threads, trap, ..
         } = self;
         let leader = Stopped::assume(source.host);
+        // The loop goes when none but the first is in it: this daemon may be killed at any moment.
+        let put_back = |thread: &FrozenThread| {
+            thread.thread.set_registers(&thread.registers)?;
+            thread.thread.set_signal_mask(thread.mask)
+        };
+        threads[1..].iter().try_for_each(put_back)?;
         leader.set_signal_mask(SCRIPT_MASK)?;
+        if let (Some(refuge), Some(first)) = (source.refuge, threads.first()) {
+            let held = Held {
+                tid: source.host,
+                mask: first.mask,
+                registers: first.registers,
+            };
+            refuge.enter(&leader, source.host, &held)?;
+        }
         let leader = trap.put_back(leader, &source.foothold, &source.plan.image.signals.actions)?;
         source.foothold.uproot(leader)?;
-        for thread in &threads {
-            thread.thread.set_registers(&thread.registers)?;
-            thread.thread.set_signal_mask(thread.mask)?;
-        }
+        threads[..1].iter().try_for_each(put_back)?;
         for thread in threads {
             thread.thread.detach(0)?;
         }
@@ -457,63 +481,14 @@ impl Frozen {
     ///
     /// The kernel must not write to the image when the threads go, hence the cleared tid addresses and robust lists.
     pub fn into_image(self) -> Result<LeftBehind, CaptureError> {
-        const SYS_SET_TID_ADDRESS: i64 = 218;
-        const SYS_SET_ROBUST_LIST: i64 = 273;
-        const SYS_CLOSE_RANGE: i64 = 436;
-        const SYS_CLONE: i64 = 56;
-        const CLONE_VM: u64 = 0x100;
-        const SYS_SETITIMER: i64 = 38;
-        /// SIGALRM, SIGVTALRM, SIGPROF.
-        const ITIMER_SIGNALS: [i32; 3] = [14, 26, 27];
-        const SI_KERNEL: i32 = 0x80;
         let Frozen {
             source,
             threads,
             pending,
             ..
         } = self;
-        for thread in &threads {
-            let mut script = Script::new(&source.foothold.arena);
-            script.attempt("set_tid_address", SYS_SET_TID_ADDRESS, &[0]);
-            script.attempt("set_robust_list", SYS_SET_ROBUST_LIST, &[0, 24]);
-            thread.thread.set_signal_mask(SCRIPT_MASK)?;
-            script.run(Stopped::assume(thread.thread.tid()))?;
-            thread.thread.set_signal_mask(u64::MAX)?;
-        }
-        for thread in threads.into_iter().skip(1) {
-            thread.thread.detach(0)?;
-        }
-        let leader = Stopped::assume(source.host);
-        leader.set_signal_mask(SCRIPT_MASK)?;
-        let mut script = Script::new(&source.foothold.arena);
-        // Its timers tick on: exec keeps those of setitimer(2), and a surrogate passes on every signal it gets.
-        let off = script.bytes(&[0; 32]);
-        for which in 0..3 {
-            script.attempt("setitimer", SYS_SETITIMER, &[which, off.address, 0]);
-        }
-        for signal in pending {
-            add_take(&mut script, signal);
-        }
-        let (leader, _) = script.run(leader)?;
-        let mut script = Script::new(&source.foothold.arena);
-        for info in leader.pending_signals(true)? {
-            let [signal, code] =
-                [0, 8].map(|at| i32::from_le_bytes([info[at], info[at + 1], info[at + 2], info[at + 3]]));
-            if ITIMER_SIGNALS.contains(&signal) && code == SI_KERNEL {
-                add_take(&mut script, signal);
-            }
-        }
-        script.attempt("close_range", SYS_CLOSE_RANGE, &[0, u64::from(u32::MAX), 0]);
-        // With no signal at its end: should the process come home first, its wait(2) does not see the keeper.
-        let keeper = script.child_parks("clone", SYS_CLONE, &[CLONE_VM, 0, 0, 0, 0]);
-        let (leader, answers) = script.run(leader)?;
-        let keeper = Pid(answers.of(keeper) as i32);
-        leader.set_signal_mask(u64::MAX)?;
-        Ok(LeftBehind {
-            keeper,
-            leader,
-            foothold: source.foothold,
-        })
+        let threads = threads.into_iter().map(|thread| thread.thread).collect();
+        leave_image(source.foothold, source.host, threads, pending)
     }
 
     /// Hashes of all its private pages.
@@ -521,6 +496,11 @@ impl Frozen {
         let areas = crate::verify::kernel_areas(&essence.threads);
         let mappings = &self.source.plan.image.space.mappings;
         crate::verify::digest(&self.source.memory, &self.source.pagemap, mappings, &areas)
+    }
+
+    /// The signals that travel with it, and must not be taken here.
+    pub fn pending(&self) -> &[i32] {
+        &self.pending
     }
 
     /// The files through which the pages can be read.
@@ -539,13 +519,72 @@ impl Frozen {
     }
 }
 
+/// Leaves the address space of a parked process to a keeper; its first thread comes first.
+pub(super) fn leave_image(
+    foothold: Foothold,
+    host: i32,
+    threads: Vec<Stopped>,
+    pending: Vec<i32>,
+) -> Result<LeftBehind, CaptureError> {
+    const SYS_SET_TID_ADDRESS: i64 = 218;
+    const SYS_SET_ROBUST_LIST: i64 = 273;
+    const SYS_CLOSE_RANGE: i64 = 436;
+    const SYS_CLONE: i64 = 56;
+    const CLONE_VM: u64 = 0x100;
+    const SYS_SETITIMER: i64 = 38;
+    /// SIGALRM, SIGVTALRM, SIGPROF.
+    const ITIMER_SIGNALS: [i32; 3] = [14, 26, 27];
+    const SI_KERNEL: i32 = 0x80;
+    for thread in &threads {
+        let mut script = Script::new(&foothold.arena);
+        script.attempt("set_tid_address", SYS_SET_TID_ADDRESS, &[0]);
+        script.attempt("set_robust_list", SYS_SET_ROBUST_LIST, &[0, 24]);
+        thread.set_signal_mask(SCRIPT_MASK)?;
+        script.run(Stopped::assume(thread.tid()))?;
+        thread.set_signal_mask(u64::MAX)?;
+    }
+    for thread in threads.into_iter().skip(1) {
+        thread.detach(0)?;
+    }
+    let leader = Stopped::assume(host);
+    leader.set_signal_mask(SCRIPT_MASK)?;
+    let mut script = Script::new(&foothold.arena);
+    // Its timers tick on: exec keeps those of setitimer(2), and a surrogate passes on every signal it gets.
+    let off = script.bytes(&[0; 32]);
+    for which in 0..3 {
+        script.attempt("setitimer", SYS_SETITIMER, &[which, off.address, 0]);
+    }
+    for signal in pending {
+        add_take(&mut script, signal);
+    }
+    let (leader, _) = script.run(leader)?;
+    let mut script = Script::new(&foothold.arena);
+    for info in leader.pending_signals(true)? {
+        let [signal, code] = [0, 8].map(|at| i32::from_le_bytes([info[at], info[at + 1], info[at + 2], info[at + 3]]));
+        if ITIMER_SIGNALS.contains(&signal) && code == SI_KERNEL {
+            add_take(&mut script, signal);
+        }
+    }
+    script.attempt("close_range", SYS_CLOSE_RANGE, &[0, u64::from(u32::MAX), 0]);
+    // With no signal at its end: should the process come home first, its wait(2) does not see the keeper.
+    let keeper = script.child_parks("clone", SYS_CLONE, &[CLONE_VM, 0, 0, 0, 0]);
+    let (leader, answers) = script.run(leader)?;
+    let keeper = Pid(answers.of(keeper) as i32);
+    leader.set_signal_mask(u64::MAX)?;
+    Ok(LeftBehind {
+        keeper,
+        leader,
+        foothold,
+    })
+}
+
 /// What a process leaves behind once it runs elsewhere.
 pub struct LeftBehind {
     /// The process that keeps the address space.
     pub keeper: Pid,
     /// The emptied first thread, stopped.
     pub leader: Stopped,
-    foothold: Foothold,
+    pub(super) foothold: Foothold,
 }
 
 impl LeftBehind {

@@ -36,6 +36,16 @@ impl Trap {
         }
     }
 
+    /// As a former daemon has seen it.
+    pub fn known(ignored: bool) -> Trap {
+        Trap { ignored }
+    }
+
+    /// Does the program ignore it?
+    pub fn is_ignored(self) -> bool {
+        self.ignored
+    }
+
     /// Corrects a table of actions that was read after a trap.
     pub fn correct(self, actions: &mut [[u64; 4]]) {
         if let Some(action) = actions.get_mut(SIGTRAP as usize - 1)

@@ -20,9 +20,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 /// So many connections on one socket at a time; further ones are closed at once.
 const MAX_CONNECTIONS: usize = 4096;
+
+/// How long a daemon that was killed may take to be gone, and how often that is looked at.
+const DYING_WITHIN: Duration = Duration::from_secs(2);
+const DYING_LOOK: Duration = Duration::from_millis(2);
 
 /// A claimed state directory.
 pub struct StateDir {
@@ -42,10 +47,15 @@ impl StateDir {
             .truncate(false)
             .open(path.join("daemon.lock"));
         let lock = options.map_err(io_error(format!("{shown}/daemon.lock")))?;
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => return Err(DaemonError::Busy { state_dir: path.into() }),
-            Err(e) => return Err(io_error(format!("{shown}/daemon.lock"))(e.into())),
+        let deadline = Instant::now() + DYING_WITHIN;
+        loop {
+            match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                // It may have been killed, with a thread inside the kernel still.
+                Err(Errno::WOULDBLOCK) if Instant::now() < deadline => thread::sleep(DYING_LOOK),
+                Err(Errno::WOULDBLOCK) => return Err(DaemonError::Busy { state_dir: path.into() }),
+                Err(e) => return Err(io_error(format!("{shown}/daemon.lock"))(e.into())),
+            }
         }
         let place = StateDir {
             path: path.to_owned(),

@@ -109,15 +109,20 @@ impl Mover {
     pub fn ended_here(&self, pid: Pid, ids: &[Pid], incarnation: Incarnation, status: ExitStatus) {
         let nodes = lock(&self.home).table().to_be_told_of_end(pid, ids);
         tracing::info!(%pid, ?status, ?incarnation, told = ?nodes, "a process from elsewhere has ended here");
-        for to in nodes {
+        let ending = Ending::Exited(status);
+        for to in nodes.iter().copied().filter(|to| *to != self.here) {
             self.post(
                 to,
                 Notice::Ended {
                     pid,
                     incarnation,
-                    ending: Ending::Exited(status),
+                    ending,
                 },
             );
+        }
+        // Last: by this the table forgets who else is to be told.
+        if nodes.contains(&self.here) {
+            self.decide(HomeEvent::Ended(self.here, pid, incarnation, ending));
         }
     }
 
@@ -126,6 +131,10 @@ impl Mover {
         let uid = self.processes_user(pid);
         self.exits.record(pid, status, uid);
         if self.hidden.kind(pid).is_none() {
+            // A copy that is parked here, and does not know yet that it was committed, becomes a surrogate first.
+            if lock(&self.busy).contains_key(&pid) {
+                lock(&self.ends).insert(pid, status);
+            }
             return;
         }
         let mover = self.arc();
@@ -135,6 +144,14 @@ impl Mover {
         });
         if let Err(error) = ended {
             tracing::error!(%pid, %error, "a surrogate was not ended");
+        }
+    }
+
+    /// The surrogate of a process stands: if the process has ended already, so does it.
+    pub(super) fn end_if_ended(&self, pid: Pid) {
+        let status = lock(&self.ends).remove(&pid);
+        if let Some(status) = status {
+            self.end_departed(pid, status);
         }
     }
 

@@ -7,19 +7,18 @@ use super::ahead::Rounds;
 use super::outgoing::{MoveOutcome, Outgoing, Report, failure};
 use super::payload::{self, Ahead, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared};
 use super::recover::ImageRecord;
-use super::second_hand::SecondHand;
 use super::{Mover, lock, random};
 use crate::capture::freeze::Frozen;
 use crate::capture::{CaptureError, Source, Surroundings, demanded};
 use crate::page_server::NewImage;
-use crate::pager::{NewSpace, Withdrawn};
+use crate::pager::{Journal, NewSpace, Withdrawn};
 use dunlin_cluster::relocation::source::SourceEvent;
 use dunlin_proto::control::{FailureKind, MoveMode};
 use dunlin_proto::ids::{ImageId, Pid};
+use dunlin_proto::pages::ClientId;
 use dunlin_proto::relocation::Member;
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 impl Outgoing<'_> {
@@ -233,12 +232,16 @@ impl Outgoing<'_> {
         let mover = self.mover.clone();
         let (id, destination) = (self.plan.move_id, self.plan.destination);
         Box::new(move |_| {
+            mover.image_is_unused(id, pid);
             mover.to_source(id, SourceEvent::Drained(destination, pid));
         })
     }
 
     pub(super) fn thaw(&mut self) {
         self.tight = false;
+        for (pid, _) in &self.party {
+            lock(&self.mover.ends).remove(pid);
+        }
         self.thaw_all();
         for (pid, _) in &self.party {
             self.mover.orders.open(*pid);
@@ -260,6 +263,7 @@ impl Outgoing<'_> {
             }
         }
         self.sources.drain(..).for_each(Source::abandon);
+        self.thaw_left();
     }
 
     pub(super) fn make_images(&mut self) {
@@ -270,13 +274,15 @@ impl Outgoing<'_> {
             self.watches.push(frozen.source.take_watch());
             let streams = frozen.source.streams();
             self.mover.exits.left(pid);
-            match self.mover.leave_behind(frozen, &leaving) {
-                Ok((number, keeper)) => {
+            let task = (pid, frozen.source.host, frozen.is_stopped());
+            let mover = self.mover.clone();
+            let remember = |number| self.remember_image(pid, number);
+            match mover.leave_behind(task, || frozen.into_image(), &leaving, remember) {
+                Ok((_, keeper)) => {
                     self.keepers.insert(pid, keeper);
                     if let Some(image) = self.images.get(&pid) {
                         self.mover.images.set_keeper(*image, keeper);
                     }
-                    self.remember_image(pid, number);
                 }
                 Err(error) => tracing::error!(%pid, %error, "a departed process was not cleared away"),
             }
@@ -288,6 +294,7 @@ impl Outgoing<'_> {
                 self.mover.forget_arrival(pid);
             }
         }
+        self.leave_left();
         self.mover.sweep();
     }
 
@@ -299,6 +306,7 @@ impl Outgoing<'_> {
                 pid,
                 keeper,
                 regions: self.regions.remove(&pid).unwrap_or_default(),
+                unused: false,
             });
         }
     }
@@ -318,20 +326,28 @@ impl Mover {
     /// Serves a space again whose move was given up.
     pub(super) fn adopt_again(&self, pid: Pid, withdrawn: Withdrawn) {
         let Withdrawn {
+            id: old,
+            observer,
             pid: host,
             uffd,
             map,
             claims,
         } = withdrawn;
-        let second = SecondHand::new(self.nest.clone(), host.unwrap_or(0));
-        self.log("keeping a userfaultfd", second.keep(uffd.as_fd()));
+        let id = self.pager.next_id();
+        let journal = Journal::begin(ClientId(random()), &map);
+        match &journal {
+            Ok(journal) => observer.renamed(old, id, uffd.as_fd(), journal.as_fd()),
+            Err(error) => tracing::error!(%pid, %error, "no journal for its address space"),
+        }
         let space = NewSpace {
+            id: Some(id),
             pid: host,
             uffd,
             map,
             connect: self.connect(),
-            observer: Arc::new(second),
+            observer,
             claims: Some(claims),
+            journal: journal.ok(),
             ahead: None,
         };
         match self.pager.adopt(space) {
@@ -358,6 +374,10 @@ impl Mover {
         }
         let keep = std::thread::Builder::new().name("hand-over".into()).spawn(move || {
             std::thread::sleep(GRACE);
+            // Until then a daemon that comes after this one does the same.
+            for space in withdrawn.values() {
+                space.observer.let_go(space.id);
+            }
             drop(withdrawn);
         });
         if let Err(error) = keep {

@@ -5,12 +5,12 @@
 
 use super::arrivals::Arrival;
 use super::payload::{self, Frozen, FrozenProcess, Prepare, Prepared, Proposal};
-use super::recover::ArrivalRecord;
+use super::recover::{ArrivalRecord, KeptDestination, KeptPlace};
 use super::second_hand::SecondHand;
 use super::{Mover, NEST_FILTERS, Word, lock};
 use crate::entries::Place;
 use crate::obstacle::obstacle;
-use crate::pager::{Finish, NewSpace, SpaceHandle, Withdrawn};
+use crate::pager::{Finish, Journal, NewSpace, SpaceHandle, Withdrawn};
 use crate::processes::{HiddenKind, Resident};
 use crate::restore::{Blank, Common, Kit, Remade, RestoreError};
 use crate::verify;
@@ -21,6 +21,7 @@ use dunlin_cluster::relocation::home::HomeEvent;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{ImageId, MoveId, Pid, RunId, Slot};
 use dunlin_proto::image::{DescriptionKind, Plan};
+use dunlin_proto::pages::ClientId;
 use dunlin_proto::peer::{PeerReply, PeerRequest};
 use dunlin_proto::relocation::Member;
 use dunlin_sys::ptrace::Options;
@@ -51,8 +52,16 @@ impl Mover {
     }
 
     /// Goes on with an arrival of a former daemon's time, whatever became of it.
-    pub(super) fn go_on_arriving(&self, id: MoveId, machine: DestinationMove, words: &Receiver<Word>) {
-        Incoming::new(self.arc(), id).go(machine, words);
+    pub(super) fn go_on_arriving(
+        &self,
+        id: MoveId,
+        machine: DestinationMove,
+        waiting: Vec<(KeptPlace, Option<Withdrawn>)>,
+        words: &Receiver<Word>,
+    ) {
+        let mut incoming = Incoming::new(self.arc(), id);
+        incoming.waiting = waiting;
+        incoming.go(machine, words);
     }
 
     /// Could these processes be restored here?
@@ -143,6 +152,8 @@ struct Incoming {
     members: Vec<Member>,
     verified: BTreeMap<Pid, u64>,
     event: Option<DestinationEvent>,
+    /// What a former daemon has rebuilt.
+    waiting: Vec<(KeptPlace, Option<Withdrawn>)>,
 }
 
 /// A place that was made, or found, for an arriving process.
@@ -167,13 +178,16 @@ impl Incoming {
             members: Vec::new(),
             verified: BTreeMap::new(),
             event: None,
+            waiting: Vec::new(),
         }
     }
 
     fn go(&mut self, mut machine: DestinationMove, words: &Receiver<Word>) {
         loop {
             while let Some(action) = machine.poll_action() {
-                self.act(action);
+                if !self.act(action) {
+                    return;
+                }
             }
             if machine.is_ended() {
                 return;
@@ -206,7 +220,8 @@ impl Incoming {
         }
     }
 
-    fn act(&mut self, action: DestinationAction) {
+    /// Carries one action out; if that is impossible, no other may follow.
+    fn act(&mut self, action: DestinationAction) -> bool {
         match action {
             DestinationAction::Send { to, msg } => self.mover.send(to, msg),
             DestinationAction::Check(proposal) => self.event = Some(self.check(&proposal)),
@@ -226,9 +241,20 @@ impl Incoming {
                 });
             }
             DestinationAction::Persist(record) => {
-                let blob = postcard::to_stdvec(&record).unwrap_or_default();
-                self.mover
-                    .log("keeping a record", self.mover.nest.store_soon(&self.label(), blob));
+                let label = self.label();
+                let places = match self.frozen.is_empty() {
+                    true => self.waiting.iter().map(|(place, _)| place.clone()).collect(),
+                    false => (0..self.frozen.len()).map(|index| self.place_of(index)).collect(),
+                };
+                let kept = postcard::to_stdvec(&KeptDestination { record, places });
+                let stored = kept
+                    .map_err(io::Error::other)
+                    .and_then(|blob| self.mover.nest.store_soon(&label, blob));
+                if let Err(error) = stored {
+                    // As a crash would: whoever waits for a word of this move gives it up, or waits for the next daemon.
+                    tracing::error!(%label, %error, "a move stops: its record could not be kept");
+                    return false;
+                }
             }
             DestinationAction::Forget => {
                 self.mover
@@ -239,6 +265,7 @@ impl Incoming {
             DestinationAction::Learn(changes) => self.mover.decide(HomeEvent::Learn(changes)),
             DestinationAction::Post { to, notice } => self.mover.post(to, notice),
         }
+        true
     }
 
     fn label(&self) -> String {
@@ -252,6 +279,18 @@ impl Incoming {
         };
         let root = proposal.pids.first().copied().unwrap_or(Pid(0));
         let mut obstacles = Vec::new();
+        for pid in &proposal.pids {
+            // A copy whose move away is not decided, another move's blank, or one that its home does not yet know here.
+            if let Some(other) = lock(&self.mover.busy).get(pid).filter(|by| **by != self.id) {
+                obstacles.push(obstacle(
+                    *pid,
+                    "kernel",
+                    format_args!("PID {pid}"),
+                    format!("the destination still has a move of it under way ({other})"),
+                    "try again when that move has ended",
+                ));
+            }
+        }
         let here = cpu_features();
         let missing: Vec<&String> = proposal.cpu_features.iter().filter(|f| !here.contains(f)).collect();
         if !missing.is_empty() {
@@ -383,6 +422,9 @@ impl Incoming {
             self.verify(index, &process)?;
             self.frozen.push(process);
         }
+        for (blank, process) in self.blanks.iter().zip(&self.frozen) {
+            blank.outlive(&process.essence).map_err(|e| e.to_string())?;
+        }
         tracing::debug!(load_us = started.elapsed().as_micros(), "loaded");
         Ok(())
     }
@@ -418,12 +460,14 @@ impl Incoming {
                 .map_err(|e| e.to_string())?;
         }
         let space = NewSpace {
+            id: None,
             pid: Some(blank.host),
             uffd,
             map,
             connect: self.mover.connect(),
             observer: Arc::new(()),
             claims: None,
+            journal: None,
             ahead: Some(blank.memory().map_err(|e| e.to_string())?),
         };
         let space = self.mover.pager.adopt(space).map_err(|(error, _)| error.to_string())?;
@@ -473,17 +517,21 @@ impl Incoming {
                 (map, Some(came.claims))
             }
         };
-        let second = SecondHand::new(self.mover.nest.clone(), blank.host);
+        let second = SecondHand::new(self.mover.nest.clone());
+        let id = self.mover.pager.next_id();
+        let journal = Journal::begin(ClientId(super::random()), &map).map_err(|e| format!("no journal for it: {e}"))?;
         second
-            .keep(uffd.as_fd())
+            .keep(id, (blank.pid, blank.host), uffd.as_fd(), &journal)
             .map_err(|e| format!("init could not take its userfaultfd: {e}"))?;
         let space = NewSpace {
+            id: Some(id),
             pid: Some(blank.host),
             uffd,
             map,
             connect: self.mover.connect(),
             observer: Arc::new(second),
             claims,
+            journal: Some(journal),
             ahead: None,
         };
         match self.mover.pager.adopt(space) {
@@ -514,6 +562,10 @@ impl Incoming {
 
     fn resume(&mut self) {
         let started = Instant::now();
+        self.resume_waiting();
+        for index in 0..self.frozen.len() {
+            self.mover.remember_arrival(&self.arrival_of(index));
+        }
         let blanks = std::mem::take(&mut self.blanks);
         let mut hosts = Vec::new();
         for (blank, process) in blanks.into_iter().zip(&self.frozen) {
@@ -530,6 +582,62 @@ impl Incoming {
         }
     }
 
+    /// Which move left each image that a process may still need.
+    fn images_of(&self, index: usize) -> BTreeMap<ImageId, MoveId> {
+        let mut images: BTreeMap<ImageId, MoveId> = self.frozen[index].images.iter().copied().collect();
+        images.insert(self.prepared[index].image, self.id);
+        images
+    }
+
+    /// What is kept of a process that waits for the decision.
+    fn place_of(&self, index: usize) -> KeptPlace {
+        let Placed { pid, place, comm } = &self.places[index];
+        KeptPlace {
+            pid: *pid,
+            host: place.host,
+            comm: comm.clone(),
+            stopped_by: self.frozen[index].essence.stopped_by,
+            arrival: self.arrival_of(index),
+        }
+    }
+
+    /// Lets those run that a former daemon has rebuilt.
+    fn resume_waiting(&mut self) {
+        for (place, space) in std::mem::take(&mut self.waiting) {
+            let (mover, pid) = (&self.mover, place.pid);
+            mover.remember_arrival(&place.arrival);
+            mover.hidden.remove(pid);
+            let arrived = mover.recover_arrival(place.arrival);
+            if let Some(space) = space {
+                mover.adopt_again(pid, space);
+            }
+            mover.log("unregistering a surrogate", mover.nest.unregister_surrogate(pid));
+            mover.let_run_on(pid, place.host, place.stopped_by);
+            match arrived {
+                Ok(None) => {}
+                Ok(Some(ended)) => mover.vanished(ended),
+                Err(error) => tracing::error!(%pid, %error, "an arrived process cannot be watched"),
+            }
+        }
+    }
+
+    /// What a later daemon must know of a process that came; written down before it runs.
+    fn arrival_of(&self, index: usize) -> ArrivalRecord {
+        let process = &self.frozen[index];
+        let lineage = &process.essence.lineage;
+        let member = self.members.iter().find(|m| m.pid == lineage.pid);
+        ArrivalRecord {
+            pid: lineage.pid,
+            moves: lineage.moves + 1,
+            command: lineage.command.clone(),
+            incarnation: member.map(|m| m.incarnation.after_commit()).unwrap_or_default(),
+            ids: member.map(|m| m.ids.clone()).unwrap_or_default(),
+            images: self.images_of(index).into_iter().collect(),
+            relatives: self.relatives[index].clone(),
+            uid: process.essence.traits.uids[0],
+        }
+    }
+
     fn arrive(&mut self, index: usize) {
         let process = &self.frozen[index];
         let lineage = &process.essence.lineage;
@@ -542,18 +650,7 @@ impl Incoming {
         let member = self.members.iter().find(|m| m.pid == pid);
         let incarnation = member.map(|m| m.incarnation.after_commit()).unwrap_or_default();
         let streams = streams_of(process, &self.prepared[index].plan);
-        let elsewhere = {
-            let space = space.clone();
-            move || {
-                let mut by_node = BTreeMap::new();
-                if space.progress().finished.is_none() {
-                    for (image, pages) in space.pages_elsewhere() {
-                        *by_node.entry(image.holder).or_insert(0) += pages;
-                    }
-                }
-                by_node
-            }
-        };
+        let elsewhere = elsewhere(space.clone());
         mover.residents.insert(
             pid,
             Resident {
@@ -561,33 +658,22 @@ impl Incoming {
                 command: lineage.command.clone(),
                 incarnation,
                 frozen: false,
-                elsewhere: Arc::new(elsewhere),
+                elsewhere,
             },
         );
         let ids = member.map(|m| m.ids.clone()).unwrap_or_default();
         let relatives = std::mem::take(&mut self.relatives[index]);
-        let mut images: BTreeMap<ImageId, MoveId> = process.images.iter().copied().collect();
-        images.insert(self.prepared[index].image, self.id);
+        let images = self.images_of(index);
         mover.arrivals.insert(
             pid,
             Arrival {
-                ids: ids.clone(),
-                images: images.clone(),
+                ids,
+                images,
                 space: Some(space),
-                relatives: relatives.clone(),
+                relatives,
                 verified_pages: self.verified.get(&pid).copied(),
             },
         );
-        mover.remember_arrival(&ArrivalRecord {
-            pid,
-            moves: lineage.moves + 1,
-            command: lineage.command.clone(),
-            incarnation,
-            ids,
-            images: images.into_iter().collect(),
-            relatives,
-            uid: process.essence.traits.uids[0],
-        });
         lock(&mover.busy).insert(pid, self.id);
         mover.orders.arrive(pid, process.obeyed.clone());
         mover.hidden.remove(pid);
@@ -606,6 +692,12 @@ impl Incoming {
     }
 
     fn destroy(&mut self) {
+        for (place, space) in std::mem::take(&mut self.waiting) {
+            self.mover.stand_for(place.pid, place.host, &place.comm);
+            if let Some(space) = space {
+                self.mover.hand_over(BTreeMap::from([(place.pid, space)]));
+            }
+        }
         let mut blanks = std::mem::take(&mut self.blanks).into_iter();
         // A failure leaves one place half-made; those after it are as they were found or made.
         let touched = blanks.len() + 1;
@@ -630,6 +722,19 @@ impl Incoming {
         self.spaces.clear();
         self.common = Common::default();
     }
+}
+
+/// How many pages of a space are elsewhere, by node.
+pub(super) fn elsewhere(space: SpaceHandle) -> Arc<dyn Fn() -> BTreeMap<Slot, u64> + Send + Sync> {
+    Arc::new(move || {
+        let mut by_node = BTreeMap::new();
+        if space.progress().finished.is_none() {
+            for (image, pages) in space.pages_elsewhere() {
+                *by_node.entry(image.holder).or_insert(0) += pages;
+            }
+        }
+        by_node
+    })
 }
 
 /// Where the pages of an arriving process are: what is still elsewhere by its own map, everything else at its source.

@@ -8,6 +8,8 @@ use dunlin_proto::frame;
 use dunlin_proto::ids::Slot;
 use dunlin_proto::peer::Purpose;
 use dunlin_proto::relocation::MoveMsg;
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::TcpStream;
@@ -41,7 +43,8 @@ impl Links {
         };
         let link = self.link(to);
         let mut stream = link.lock().unwrap_or_else(PoisonError::into_inner);
-        // A connection that the peer has closed shows only when it is written to: then once more, anew.
+        drop_if_closed(&mut stream);
+        // One that is just being closed shows when it is written to: then once more, anew.
         for _ in 0..2 {
             if stream.is_none() {
                 match self.peers.open(to, Purpose::Relocation) {
@@ -64,6 +67,7 @@ impl Links {
     pub fn warm(&self, to: Slot) {
         let link = self.link(to);
         let mut stream = link.lock().unwrap_or_else(PoisonError::into_inner);
+        drop_if_closed(&mut stream);
         if stream.is_none() {
             *stream = self.peers.open(to, Purpose::Relocation).ok();
         }
@@ -76,5 +80,21 @@ impl Links {
             .entry(to)
             .or_default()
             .clone()
+    }
+}
+
+/// What is written to a connection that the peer has closed (its daemon was restarted) is lost without an error, the
+/// first time. Nobody says anything on these connections, so that one where something is to be read has ended.
+fn drop_if_closed(stream: &mut Option<TcpStream>) {
+    let is_open = |stream: &TcpStream| {
+        let mut byte = [0u8; 1];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        matches!(
+            rustix::net::recv(stream, &mut byte, flags),
+            Err(Errno::AGAIN | Errno::INTR)
+        )
+    };
+    if stream.as_ref().is_some_and(|stream| !is_open(stream)) {
+        *stream = None;
     }
 }

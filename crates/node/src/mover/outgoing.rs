@@ -6,7 +6,7 @@
 use super::attempts::Attempts;
 use super::payload::{self, Proposal};
 use super::progress::{Times, phase};
-use super::recover::ImageRecord;
+use super::recover::{ImageRecord, KeptSource, Left};
 use super::{Mover, Word, lock, random};
 use crate::capture::freeze::Frozen;
 use crate::capture::{Met, Source, Watch};
@@ -15,7 +15,7 @@ use crate::signals::orders::Obeyed;
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::home::HomeEvent;
 use dunlin_cluster::relocation::source::{
-    Plan, SourceAction, SourceEvent, SourceMove, SourceRecord, SourceReport, WhyNot,
+    Plan, SourceAction, SourceEvent, SourceMove, SourceRecord, SourceReport, SourceStage, WhyNot,
 };
 use dunlin_proto::control::{
     Failure, FailureKind, MoveMode, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, WaitFor,
@@ -94,6 +94,8 @@ pub(super) struct Outgoing<'a> {
     pub(super) keepers: BTreeMap<Pid, i32>,
     pub(super) watches: Vec<Watch>,
     pub(super) regions: BTreeMap<Pid, Vec<(u64, u64)>>,
+    /// Of a move that a former daemon began: what it had frozen.
+    pub(super) left: Vec<Left>,
     pub(super) times: Times,
     pub(super) reporter: &'a Reporter,
     pub(super) told: bool,
@@ -104,7 +106,13 @@ pub(super) struct Outgoing<'a> {
 }
 
 /// Goes on with a move of a former daemon, of which these images are left: who asked for it is not told.
-pub(super) fn go_on(mover: &Arc<Mover>, record: SourceRecord, images: Vec<(ImageRecord, i32)>, words: &Receiver<Word>) {
+pub(super) fn go_on(
+    mover: &Arc<Mover>,
+    KeptSource { record, left }: KeptSource,
+    images: Vec<(ImageRecord, i32)>,
+    withdrawn: BTreeMap<Pid, Withdrawn>,
+    words: &Receiver<Word>,
+) {
     let (reporter, _) = channel();
     let plan = record.plan;
     let request = MoveRequest {
@@ -117,6 +125,12 @@ pub(super) fn go_on(mover: &Arc<Mover>, record: SourceRecord, images: Vec<(Image
     };
     let mut this = Outgoing::new(mover.clone(), request, plan, Vec::new(), &reporter);
     this.told = true;
+    this.withdrawn = withdrawn;
+    this.left = left;
+    for left in &this.left {
+        this.images.extend(left.image.map(|image| (left.pid, image)));
+        this.regions.insert(left.pid, left.regions.clone());
+    }
     for (image, keeper) in images {
         this.images.insert(image.pid, image.id);
         this.keepers.insert(image.pid, keeper);
@@ -148,6 +162,7 @@ impl<'a> Outgoing<'a> {
             keepers: BTreeMap::new(),
             watches: Vec::new(),
             regions: BTreeMap::new(),
+            left: Vec::new(),
             times: Times::start(),
             reporter,
             told: false,
@@ -306,11 +321,7 @@ impl<'a> Outgoing<'a> {
                 };
                 self.events.push(event);
             }
-            SourceAction::Persist(record) => {
-                let blob = postcard::to_stdvec(&record).unwrap_or_default();
-                self.mover
-                    .log("keeping a record", self.mover.nest.store_soon(&self.label(), blob));
-            }
+            SourceAction::Persist(record) => self.persist(record)?,
             SourceAction::Forget => {
                 self.mover
                     .log("dropping a record", self.mover.nest.drop_soon(&self.label()));
@@ -334,6 +345,50 @@ impl<'a> Outgoing<'a> {
             SourceAction::Report(report) => self.reported(report)?,
         }
         Ok(())
+    }
+
+    /// A record that cannot be made durable ends the thread as a crash would: what is parked waits for the next daemon.
+    fn persist(&self, record: SourceRecord) -> Result<(), MoveOutcome> {
+        let is_first = matches!(record.stage, SourceStage::Freezing(_));
+        let left = self
+            .left
+            .iter()
+            .cloned()
+            .chain(self.frozen.iter().map(|f| self.left_of(f)));
+        let kept = KeptSource {
+            left: left.collect(),
+            record,
+        };
+        let label = self.label();
+        let stored = postcard::to_stdvec(&kept)
+            .map_err(std::io::Error::other)
+            .and_then(|blob| {
+                // Before the freeze there is time to hear whether there is room.
+                if is_first {
+                    self.mover.nest.store(&label, &[], blob)
+                } else {
+                    self.mover.nest.store_soon(&label, blob)
+                }
+            });
+        stored.map_err(|error| {
+            let message = format!(
+                "process {} was not moved: the record {label} could not be kept: {error}; it waits until this daemon is restarted",
+                self.request.pid
+            );
+            MoveOutcome::Failed(failure(FailureKind::MoveFailed, message, None))
+        })
+    }
+
+    fn left_of(&self, frozen: &Frozen) -> Left {
+        let pid = frozen.source.pid;
+        Left {
+            pid,
+            host: frozen.source.host,
+            image: self.images.get(&pid).copied(),
+            regions: self.regions.get(&pid).cloned().unwrap_or_default(),
+            pending: frozen.pending().to_vec(),
+            streams: frozen.source.streams(),
+        }
     }
 
     fn reported(&mut self, report: SourceReport) -> Result<(), MoveOutcome> {

@@ -225,7 +225,7 @@ impl Mover {
     }
 }
 
-fn children_of(host: i32) -> Vec<(Pid, i32)> {
+pub(super) fn children_of(host: i32) -> Vec<(Pid, i32)> {
     let dir = ProcDir::process(host);
     let mut children = Vec::new();
     for tid in dir.threads().unwrap_or_default() {

@@ -5,6 +5,7 @@
 //! child may just have been born).
 
 use super::claims::{Bell, Claims, Command, FamilyHandle, Probe};
+use super::journal::settle_present;
 use super::lane::Pool;
 use super::link::Link;
 use super::pace::Pace;
@@ -12,7 +13,7 @@ use super::space::{Outcome, Space};
 use super::stats::Shared;
 use super::store::Store;
 use super::supply::STAND_BACK;
-use super::{Connect, Finish, NewSpace, Observer, Registry, SpaceHandle, SpaceId, Withdrawn};
+use super::{Connect, Finish, Journal, NewSpace, Observer, Registry, SpaceHandle, SpaceId, Survivor, Withdrawn};
 use dunlin_cluster::page_map::{PageMap, Want};
 use dunlin_proto::ids::ImageId;
 use dunlin_proto::pages::ClientId;
@@ -42,6 +43,8 @@ pub(super) struct Holder {
     pub(super) claimed: bool,
     /// What came in bulk lies unread for the sake of faults.
     pub(super) bulk_waits_since: Option<Instant>,
+    /// The journals know that nobody needs it any more.
+    done: bool,
 }
 
 impl Holder {
@@ -79,10 +82,23 @@ pub(super) struct Family {
     last_life_check: Instant,
 }
 
+/// What a family begins with.
+struct Founders {
+    spaces: Vec<Space>,
+    client: ClientId,
+    connect: Arc<Connect>,
+    observer: Arc<dyn Observer>,
+    inherited: Option<Claims>,
+}
+
 /// Starts the thread for a space.
-pub(super) fn start(registry: &Arc<Registry>, new: NewSpace) -> Result<SpaceHandle, (io::Error, Box<NewSpace>)> {
-    let prepared = Bell::new().and_then(|bell| Ok((Arc::new(bell), random()?)));
-    let (bell, client) = match prepared {
+pub(super) fn start(registry: &Arc<Registry>, mut new: NewSpace) -> Result<SpaceHandle, (io::Error, Box<NewSpace>)> {
+    let journal = match new.journal.take() {
+        Some(journal) => Ok(journal),
+        None => random().and_then(|client| Journal::begin(client, &new.map)),
+    };
+    let prepared = journal.and_then(|journal| Ok((Arc::new(Bell::new()?), journal)));
+    let (bell, journal) = match prepared {
         Ok(prepared) => prepared,
         Err(e) => return Err((e, Box::new(new))),
     };
@@ -91,17 +107,31 @@ pub(super) fn start(registry: &Arc<Registry>, new: NewSpace) -> Result<SpaceHand
         commands: send,
         bell: bell.clone(),
     };
-    let shared = Arc::new(Shared::new(registry.next_id(), new.pid, new.map.per_image()));
+    let shared = Arc::new(Shared::new(
+        new.id.unwrap_or_else(|| registry.next_id()),
+        new.pid,
+        new.map.per_image(),
+    ));
     let space_handle = SpaceHandle {
         shared: shared.clone(),
         family: handle.clone(),
     };
     // The space goes to the thread through a channel, so that it is still ours if there is no thread.
-    let (give, take) = channel::<Box<NewSpace>>();
+    let (give, take) = channel::<(Box<NewSpace>, Journal)>();
     let (registry_there, shared_there) = (registry.clone(), shared.clone());
     let work = move || {
-        if let Ok(new) = take.recv() {
-            Family::new(registry_there, handle, commands, client, *new, shared_there).run();
+        if let Ok((new, journal)) = take.recv() {
+            let client = journal.client();
+            let mut space = Space::new(new.uffd, new.map, shared_there, journal);
+            space.ahead = new.ahead;
+            let founders = Founders {
+                client,
+                spaces: vec![space],
+                connect: new.connect,
+                observer: new.observer,
+                inherited: new.claims,
+            };
+            Family::new(registry_there, handle, commands, founders).run();
         }
     };
     if let Err(e) = std::thread::Builder::new().name("dunlin-pager".into()).spawn(work) {
@@ -109,9 +139,78 @@ pub(super) fn start(registry: &Arc<Registry>, new: NewSpace) -> Result<SpaceHand
     }
     registry.spaces().insert(shared.id, space_handle.clone());
     // The thread waits for exactly this.
-    give.send(Box::new(new))
-        .map_err(|e| (io::ErrorKind::BrokenPipe.into(), e.0))?;
+    give.send((Box::new(new), journal))
+        .map_err(|e| (io::ErrorKind::BrokenPipe.into(), e.0.0))?;
     Ok(space_handle)
+}
+
+/// Starts the thread for the spaces of a family whose daemon was killed.
+pub(super) fn go_on(
+    registry: &Arc<Registry>,
+    survivors: Vec<Survivor>,
+    connect: Arc<Connect>,
+    observer: Arc<dyn Observer>,
+) -> io::Result<Vec<SpaceHandle>> {
+    let Some(client) = survivors.first().map(|survivor| survivor.journal.client()) else {
+        return Ok(Vec::new());
+    };
+    let (send, commands) = channel();
+    let bell = Bell::new().inspect_err(|_| {
+        survivors
+            .iter()
+            .for_each(|s| drop(s.uffd.try_clone().map(std::mem::forget)))
+    })?;
+    let handle = FamilyHandle {
+        commands: send,
+        bell: Arc::new(bell),
+    };
+    let mut handles = Vec::new();
+    let mut founders = Founders {
+        spaces: Vec::new(),
+        client,
+        connect,
+        observer,
+        inherited: None,
+    };
+    for mut survivor in survivors {
+        if let Some(pagemap) = survivor.pid.and_then(|pid| dunlin_sys::vmcopy::open_pagemap(pid).ok())
+            && let Err(error) = settle_present(&mut survivor.map, &pagemap)
+        {
+            // Then more is asked for than is missing.
+            tracing::debug!(%error, "what is in memory already is not known");
+        }
+        let shared = Arc::new(Shared::new(survivor.id, survivor.pid, survivor.map.per_image()));
+        let space_handle = SpaceHandle {
+            shared: shared.clone(),
+            family: handle.clone(),
+        };
+        registry.spaces().insert(survivor.id, space_handle.clone());
+        handles.push(space_handle);
+        let space = Space::new(survivor.uffd, survivor.map, shared, survivor.journal);
+        space.ask_anew();
+        founders.spaces.push(space);
+    }
+    let mut orphans = Orphans(Some(founders));
+    let registry = registry.clone();
+    let work = move || {
+        if let Some(founders) = orphans.0.take() {
+            Family::new(registry, handle, commands, founders).run();
+        }
+    };
+    std::thread::Builder::new().name("dunlin-pager".into()).spawn(work)?;
+    Ok(handles)
+}
+
+/// Spaces on their way to their thread.
+struct Orphans(Option<Founders>);
+
+impl Drop for Orphans {
+    fn drop(&mut self) {
+        // There is no thread. As in `lose`: closing the descriptors would turn what is missing into zeros.
+        if let Some(founders) = self.0.take() {
+            founders.spaces.into_iter().for_each(std::mem::forget);
+        }
+    }
 }
 
 fn random() -> io::Result<ClientId> {
@@ -121,47 +220,45 @@ fn random() -> io::Result<ClientId> {
 }
 
 impl Family {
-    fn new(
-        registry: Arc<Registry>,
-        handle: FamilyHandle,
-        commands: Receiver<Command>,
-        client: ClientId,
-        new: NewSpace,
-        shared: Arc<Shared>,
-    ) -> Family {
+    fn new(registry: Arc<Registry>, handle: FamilyHandle, commands: Receiver<Command>, founders: Founders) -> Family {
         let mut family = Family {
             registry,
             handle,
             commands,
-            connect: new.connect,
-            observer: new.observer,
-            client,
-            spaces: Vec::new(),
+            connect: founders.connect,
+            observer: founders.observer,
+            client: founders.client,
+            spaces: founders.spaces,
             holders: BTreeMap::new(),
             in_hand: VecDeque::new(),
             pool: Pool::default(),
             probes: Vec::new(),
-            inherited: new.claims,
+            inherited: founders.inherited,
             pace: Pace::new(),
             last_life_check: Instant::now(),
         };
-        let mut map = new.map;
-        map.forget_asked();
-        // Those that hold none of its pages any more, too: they want to be released.
-        for image in map.images() {
+        let mut sources: BTreeMap<ImageId, Vec<(u64, u64)>> = BTreeMap::new();
+        for space in &mut family.spaces {
+            space.map.forget_asked();
+            // Those that hold none of its pages any more, too: they want to be released.
+            for image in space.map.images() {
+                sources.entry(image).or_default().extend(space.map.sources(image));
+            }
+        }
+        for (image, mut ranges) in sources {
+            ranges.sort_unstable();
+            ranges.dedup();
             let mut link = Link::new(image, family.client, family.connect.clone(), family.handle.bell.clone());
-            link.survey(map.sources(image).collect());
+            link.survey(ranges);
             let holder = Holder {
                 store: Box::new(link),
                 claim: Arc::new(()),
                 claimed: false,
                 bulk_waits_since: None,
+                done: false,
             };
             family.holders.insert(image, holder);
         }
-        let mut space = Space::new(new.uffd, map, shared);
-        space.ahead = new.ahead;
-        family.spaces.push(space);
         family
     }
 
@@ -265,6 +362,16 @@ impl Family {
     }
 
     fn born(&mut self, parent: SpaceId, uffd: Uffd, map: PageMap) {
+        let journal = loop {
+            match Journal::begin(self.client, &map) {
+                Ok(journal) => break journal,
+                // The child waits meanwhile, as all of the family do.
+                Err(error) => {
+                    tracing::error!(%error, "no journal for a child's address space yet");
+                    std::thread::sleep(PAUSE);
+                }
+            }
+        };
         let shared = Arc::new(Shared::new(self.registry.next_id(), None, map.per_image()));
         if self.holders.values().all(|h| h.claimed) {
             shared.update(|s| s.attached = true);
@@ -273,9 +380,12 @@ impl Family {
             shared: shared.clone(),
             family: self.handle.clone(),
         };
-        self.observer.forked(parent, &handle, uffd.as_fd());
+        self.observer.forked(parent, &handle, uffd.as_fd(), journal.as_fd());
+        if let Some(index) = self.index_of(parent) {
+            self.spaces[index].bore();
+        }
         self.registry.spaces().insert(shared.id, handle);
-        self.spaces.push(Space::new(uffd, map, shared));
+        self.spaces.push(Space::new(uffd, map, shared, journal));
     }
 
     fn take_commands(&mut self) {
@@ -337,6 +447,8 @@ impl Family {
         let pid = space.shared.status().pid;
         let claims = Claims::new(held, self.handle.bell.clone());
         Some(Withdrawn {
+            id: space.shared.id,
+            observer: self.observer.clone(),
             pid,
             uffd: space.uffd,
             map: space.map,
@@ -381,6 +493,10 @@ impl Family {
             let needed = |s: &Space| s.ahead.is_some() || s.map.per_image().contains_key(image);
             let needed = self.spaces.iter().any(needed);
             if !needed && Arc::strong_count(&holder.claim) == 1 {
+                // First: it may be gone when a later daemon asks for what of it was not needed.
+                if !std::mem::replace(&mut holder.done, true) {
+                    self.spaces.iter_mut().for_each(|space| space.done_with(*image));
+                }
                 holder.store.release();
             }
         }

@@ -4,10 +4,11 @@
 //! because the space is changing is decided again after the events have been read, never repeated blindly; every thread
 //! that waits is woken by an installation or by a wake.
 
+use super::journal::{Journal, apply};
 use super::stats::Shared;
 use dunlin_cluster::page_map::{PAGE, PageMap, Place, Want};
 use dunlin_proto::ids::ImageId;
-use dunlin_sys::uffd::{Event, Installed, Stop, Uffd, UffdError};
+use dunlin_sys::uffd::{Change, Event, Installed, Stop, Uffd, UffdError};
 use dunlin_sys::vmcopy;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -29,6 +30,7 @@ pub(super) struct Space {
     pub(super) uffd: Uffd,
     pub(super) map: PageMap,
     pub(super) shared: Arc<Shared>,
+    journal: Journal,
     /// Pages that threads wait for, and since when.
     waiting: BTreeMap<u64, Instant>,
     /// Some that wait may be answered without any store.
@@ -86,11 +88,12 @@ struct Stream {
 }
 
 impl Space {
-    pub(super) fn new(uffd: Uffd, map: PageMap, shared: Arc<Shared>) -> Space {
+    pub(super) fn new(uffd: Uffd, map: PageMap, shared: Arc<Shared>, journal: Journal) -> Space {
         Space {
             uffd,
             map,
             shared,
+            journal,
             waiting: BTreeMap::new(),
             recheck: false,
             streams: [Stream::default(); STREAMS],
@@ -104,9 +107,11 @@ impl Space {
     /// Reads a batch of messages and applies the changes among them, in order and before the faults: the kernel hands
     /// out faults first, even those that follow from a change.
     pub(super) fn read_events(&mut self) -> Result<Happened, UffdError> {
+        // The last batch has been dealt with.
+        self.journal.tidy(&self.map);
         let mut events = Vec::new();
         let mut happened = Happened {
-            messages: self.uffd.read(&mut events)?,
+            messages: self.uffd.read_by(&mut self.journal.tape, &mut events)?,
             ..Happened::default()
         };
         let now = Instant::now();
@@ -119,18 +124,15 @@ impl Space {
                     happened.children.push((child, self.map.clone()));
                 }
                 Event::Remap { from, to, len } => {
-                    self.changes += 1;
-                    self.map.remap(from, to, len);
+                    self.change(Change::Remap { from, to, len });
                     self.wake_range(from, from.saturating_add(len));
                 }
                 Event::Remove { start, end } => {
-                    self.changes += 1;
-                    self.map.settle(start, (end - start) / PAGE);
+                    self.change(Change::Remove { start, end });
                     self.recheck = true;
                 }
                 Event::Unmap { start, end } => {
-                    self.changes += 1;
-                    self.map.unmap(start, end);
+                    self.change(Change::Unmap { start, end });
                     self.wake_range(start, end);
                 }
             }
@@ -140,6 +142,28 @@ impl Space {
             happened.faults.push(page);
         }
         Ok(happened)
+    }
+
+    fn change(&mut self, change: Change) {
+        self.changes += 1;
+        apply(&mut self.map, change);
+        self.journal.changed(change, &self.map);
+    }
+
+    /// A child of it is safe in other hands, too.
+    pub(super) fn bore(&mut self) {
+        self.journal.changed(Change::Fork, &self.map);
+    }
+
+    /// Nothing is wanted of an image any more.
+    pub(super) fn done_with(&mut self, image: ImageId) {
+        self.journal.done_with(image, &self.map);
+    }
+
+    /// Has those ask again whose faults a former pager has read.
+    pub(super) fn ask_anew(&self) {
+        // It fails only if the space is gone, and then nobody waits.
+        let _ = self.uffd.wake_all();
     }
 
     /// Whoever waits in a range that is no longer what it was tries again and finds out.

@@ -4,14 +4,15 @@
 
 use super::mappings::Remade;
 use super::{During, Kit, RestoreError, descriptors, mappings, signals, threads, traits};
-use crate::capture::SCRIPT_MASK;
+use crate::capture::held::Note;
+use crate::capture::{SCRIPT_MASK, parked};
 use crate::files::{Use, open_same};
 use crate::install::Wanted;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Essence, MappingKind, Pages, Plan, ProcessImage};
 use dunlin_sys::foothold::Foothold;
 use dunlin_sys::procfs::ProcDir;
-use dunlin_sys::ptrace::{Options, Running, Stopped};
+use dunlin_sys::ptrace::{Options, Registers, Running, Stopped};
 use dunlin_sys::script::Script;
 use dunlin_sys::uffd::Uffd;
 use rustix::fs::OFlags;
@@ -43,6 +44,8 @@ pub struct Blank {
     pub(super) threads: BTreeMap<Pid, i32>,
     /// Sleeps that were over before the thread could fall asleep again: their answers, by host number.
     pub(super) slept: BTreeMap<i32, i64>,
+    /// The registers that each thread gets when it may run, by host number.
+    pub(super) loaded: BTreeMap<i32, Registers>,
     options: Options,
 }
 
@@ -93,6 +96,12 @@ impl Blank {
             .open(ProcDir::process(host).path("mem"))
             .during(pid, "opening its memory")?;
         let (thread, foothold) = mappings::clear(pid, host, thread, foothold, &plan.image.space)?;
+        // Should this daemon die, an entry that stands for a process waits here.
+        Note::blank(&plan.image.signals.actions).leave(&foothold);
+        let registers = thread.registers().during(pid, "reading registers")?;
+        thread
+            .set_registers(&parked(&foothold, &registers))
+            .during(pid, "parking the blank")?;
         mappings::map(
             pid,
             host,
@@ -113,6 +122,7 @@ impl Blank {
             uffd,
             threads: BTreeMap::from([(pid, host)]),
             slept: BTreeMap::new(),
+            loaded: BTreeMap::new(),
             options,
         };
         for run in &plan.file_pages {
@@ -164,6 +174,29 @@ impl Blank {
     pub fn complete(&self, essence: &Essence) -> Result<(), RestoreError> {
         threads::register_rest(self, essence)?;
         threads::wait_for_clocks(self, essence)
+    }
+
+    /// From now on it survives this daemon, waiting: the home has been, or is about to be, asked for the commit.
+    pub fn outlive(&self, essence: &Essence) -> Result<(), RestoreError> {
+        Note::blank(&essence.signals.actions).leave(&self.foothold);
+        let options = Options {
+            exit_kill: false,
+            ..self.options
+        };
+        for host in self.threads.values() {
+            Stopped::assume(*host)
+                .set_options(options)
+                .during(self.pid, "letting it outlive this daemon")?;
+        }
+        Ok(())
+    }
+
+    /// Has a thread wait in the loop, should it be let go.
+    pub(super) fn park(&self, thread: &Stopped) -> Result<(), RestoreError> {
+        let registers = thread.registers().during(self.pid, "reading registers")?;
+        thread
+            .set_registers(&parked(&self.foothold, &registers))
+            .during(self.pid, "parking a thread")
     }
 
     /// Lets the program run. The caller has taken [`Blank::pages`] into the pager before.
@@ -240,7 +273,10 @@ impl Blank {
             return Ok(None);
         };
         let thread = Stopped::assume(*host);
-        let registers = thread.registers().during(self.pid, "reading registers")?;
+        let registers = match self.loaded.get(host) {
+            Some(registers) => *registers,
+            None => thread.registers().during(self.pid, "reading registers")?,
+        };
         let mut xstate = Vec::new();
         thread
             .xstate(&mut xstate)

@@ -10,7 +10,7 @@ use dunlin_proto::image::{Essence, Sleep, ThreadImage};
 use dunlin_sys::inspect;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::Stopped;
-use dunlin_sys::script::Script;
+use dunlin_sys::script::{Held, Script};
 use std::time::{Duration, Instant};
 
 const SYS_CLONE: i64 = 56;
@@ -56,6 +56,8 @@ pub fn make(blank: &mut Blank, tids: impl Iterator<Item = Pid>, kit: &mut Kit<'_
         child
             .set_signal_mask(SCRIPT_MASK)
             .during(blank.pid, "blocking signals")?;
+        // Should this daemon die, it waits.
+        blank.park(&child)?;
         blank.threads.insert(tid, child.tid());
     }
     Ok(())
@@ -132,7 +134,7 @@ pub fn load(blank: &mut Blank, essence: &Essence, kit: &Kit<'_>) -> Result<(), R
         }
     }
     mappings::seal(blank)?;
-    for thread in &essence.threads {
+    for (slot, thread) in essence.threads.iter().enumerate() {
         let mut registers = from_words(&thread.registers).ok_or(RestoreError::Unsound {
             pid,
             why: "registers are missing",
@@ -141,7 +143,14 @@ pub fn load(blank: &mut Blank, essence: &Essence, kit: &Kit<'_>) -> Result<(), R
         if let Some(answer) = blank.slept.get(&stopped.tid()) {
             (registers.rax, registers.orig_rax) = (*answer as u64, u64::MAX);
         }
-        stopped.set_registers(&registers).during(pid, "setting registers")?;
+        // They are set when it may run: until then it waits in the loop, whatever becomes of this daemon.
+        let held = Held {
+            tid: stopped.tid(),
+            mask: thread.mask,
+            registers,
+        };
+        blank.foothold.arena.hold(slot, &held);
+        blank.loaded.insert(stopped.tid(), registers);
         stopped
             .set_xstate(&thread.xstate)
             .during(pid, "setting the extended state")?;
@@ -227,16 +236,25 @@ fn manner(blank: &Blank, host: i32, thread: &ThreadImage) -> Result<(), RestoreE
 pub fn resume(blank: &Blank, essence: &Essence) -> Result<(), RestoreError> {
     let pid = blank.pid;
     let actions = &essence.signals.actions;
+    let last_stores = |thread: &ThreadImage| {
+        let stopped = Stopped::assume(host_of(blank, thread)?);
+        let registers = blank.loaded.get(&stopped.tid()).ok_or(RestoreError::Unsound {
+            pid,
+            why: "a thread that was never loaded",
+        })?;
+        stopped.set_registers(registers).during(pid, "setting registers")?;
+        stopped
+            .set_signal_mask(thread.mask)
+            .during(pid, "setting the signal mask")
+    };
+    // The loop goes when none but the first is in it.
+    let (leaders, others): (Vec<_>, Vec<_>) = essence.threads.iter().partition(|thread| thread.tid == pid);
+    others.into_iter().try_for_each(last_stores)?;
     let leader = Trap::of(actions)
         .put_back(blank.leader(), &blank.foothold, actions)
         .during(pid, "setting the action of SIGTRAP")?;
     let leader = blank.foothold.uproot(leader).during(pid, "taking the loop out")?;
-    for thread in &essence.threads {
-        let stopped = Stopped::assume(host_of(blank, thread)?);
-        stopped
-            .set_signal_mask(thread.mask)
-            .during(pid, "setting the signal mask")?;
-    }
+    leaders.into_iter().try_for_each(last_stores)?;
     if let Some(signal) = essence.stopped_by
         && let Some(process) = rustix::process::Pid::from_raw(blank.host)
         && let Some(signal) = rustix::process::Signal::from_named_raw(signal)

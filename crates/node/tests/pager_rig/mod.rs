@@ -212,12 +212,14 @@ pub fn adopt_with(
 ) -> SpaceHandle {
     let connect = connector(holders);
     let new = NewSpace {
+        id: None,
         pid: Some(puppet.pid()),
         uffd,
         map,
         connect,
         observer,
         claims,
+        journal: None,
         ahead: None,
     };
     pager.adopt(new).map_err(|(e, _)| e).unwrap()

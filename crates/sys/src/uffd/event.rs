@@ -60,6 +60,61 @@ pub enum Event {
     },
 }
 
+/// A change of an address space, as a message tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// It was forked.
+    Fork,
+    /// As [`Event::Remap`].
+    Remap {
+        /// Where it was.
+        from: u64,
+        /// Where it is.
+        to: u64,
+        /// How long it was, in bytes.
+        len: u64,
+    },
+    /// As [`Event::Remove`].
+    Remove {
+        /// First address.
+        start: u64,
+        /// Address after the last.
+        end: u64,
+    },
+    /// As [`Event::Unmap`].
+    Unmap {
+        /// First address.
+        start: u64,
+        /// Address after the last.
+        end: u64,
+    },
+}
+
+/// The changes among messages that a process read which is dead by now (a fork's descriptor died with it).
+pub fn changes(messages: &[u8]) -> Vec<Change> {
+    let change = |message: &[u8]| {
+        let word = |at: usize| u64::from_ne_bytes(message[at..at + 8].try_into().expect("a message has 32 bytes"));
+        Some(match message[0] {
+            0x13 => Change::Fork,
+            0x14 => Change::Remap {
+                from: word(8),
+                to: word(16),
+                len: word(24),
+            },
+            0x15 => Change::Remove {
+                start: word(8),
+                end: word(16),
+            },
+            0x16 => Change::Unmap {
+                start: word(8),
+                end: word(16),
+            },
+            _ => return None,
+        })
+    };
+    messages.chunks_exact(MESSAGE_BYTES).filter_map(change).collect()
+}
+
 /// `None` for a kind that was not negotiated.
 pub(super) fn parse(message: &[u8]) -> Result<Option<Event>, UffdError> {
     let word = |at: usize| u64::from_ne_bytes(message[at..at + 8].try_into().expect("a message has 32 bytes"));

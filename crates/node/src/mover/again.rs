@@ -1,0 +1,93 @@
+//! What a former daemon had frozen is given away, or let run on, by the one that came after it.
+//!
+//! Owns that for the source of a move. Refuses to decide which of the two: the protocol's machine does, as ever. What was
+//! frozen is found again by the arena in its memory (`capture::held`).
+
+use super::Mover;
+use super::outgoing::Outgoing;
+use super::party::children_of;
+use super::recover::Left;
+use crate::capture::CaptureError;
+use crate::capture::held::Abandoned;
+use crate::page_server::NewImage;
+use dunlin_proto::ids::Pid;
+use dunlin_sys::procfs::ProcDir;
+use std::fs::File;
+
+impl Outgoing<'_> {
+    /// The move came to nothing: it runs on here.
+    pub(super) fn thaw_left(&mut self) {
+        for left in std::mem::take(&mut self.left) {
+            if let Some(withdrawn) = self.withdrawn.remove(&left.pid) {
+                self.mover.adopt_again(left.pid, withdrawn);
+            }
+            self.mover.let_run_on(left.pid, left.host, None);
+        }
+    }
+
+    /// The move was made.
+    pub(super) fn leave_left(&mut self) {
+        let left = std::mem::take(&mut self.left);
+        let leaving: Vec<i32> = left.iter().map(|left| left.host).collect();
+        for one in &left {
+            self.left.clone_from(&left);
+            self.leave_again(one, &leaving);
+        }
+        self.left.clear();
+    }
+
+    /// What a former daemon had parked is another node's by now.
+    fn leave_again(&mut self, left: &Left, leaving: &[i32]) {
+        let (mover, pid) = (self.mover.clone(), left.pid);
+        mover.exits.left(pid);
+        let found = Abandoned::find(pid, left.host).ok().flatten();
+        if let Some(abandoned) = found.filter(|_| mover.nest.host_pid(pid).ok().flatten() == Some(left.host)) {
+            let arena = abandoned.arena();
+            let keeper = children_of(left.host).into_iter().find(|(child, host)| {
+                Abandoned::find(*child, *host).is_ok_and(|found| found.is_some_and(|found| found.arena() == arena))
+            });
+            let into_image = || abandoned.into_image(left.pending.clone(), keeper.map(|(child, _)| child));
+            let remember = |number| self.remember_image(pid, number);
+            match mover.leave_behind((pid, left.host, false), into_image, leaving, remember) {
+                Ok((_, keeper)) => self.serve_again(pid, keeper),
+                Err(error) => tracing::error!(%pid, %error, "a departed process was not cleared away"),
+            }
+        }
+        mover.streams.departed(pid, &left.streams, self.plan.destination);
+        mover.residents.remove(pid);
+        if mover.arrivals.remove(pid).is_some() {
+            mover.forget_arrival(pid);
+        }
+    }
+
+    fn serve_again(&mut self, pid: Pid, keeper: i32) {
+        self.keepers.insert(pid, keeper);
+        let open = |name: &str| File::open(ProcDir::process(keeper).path(name));
+        let (Some(id), Ok(mem), Ok(pagemap)) = (self.images.get(&pid).copied(), open("mem"), open("pagemap")) else {
+            return tracing::error!(%pid, "the pages that a process left here cannot be served");
+        };
+        let left = self.left.iter().find(|left| left.pid == pid);
+        self.mover.images.register(NewImage {
+            id,
+            mem,
+            pagemap,
+            keeper: Some(keeper),
+            regions: left.map(|left| left.regions.clone()).unwrap_or_default(),
+            on_unused: self.on_unused(pid),
+        });
+    }
+}
+
+impl Mover {
+    /// Lets a process run on that a former daemon held. Nothing to do if it runs already.
+    pub(super) fn let_run_on(&self, pid: Pid, host: i32, stopped_by: Option<i32>) {
+        let done = Abandoned::find(pid, host).and_then(|found| match found {
+            Some(abandoned) => abandoned.run_on(stopped_by),
+            None => Ok(()),
+        });
+        match done {
+            Ok(()) | Err(CaptureError::Gone) => {}
+            Err(error) => tracing::error!(%pid, %error, "a process that was held could not be let run on"),
+        }
+    }
+}
