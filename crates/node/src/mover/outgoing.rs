@@ -55,10 +55,29 @@ impl Mover {
     pub fn move_out(&self, request: MoveRequest) -> std::io::Result<Receiver<Report>> {
         let (sender, receiver) = channel();
         let mover = self.arc();
-        let name = format!("move-{}", request.pid);
+        let name = format!("moves-{}", request.pid);
         std::thread::Builder::new().name(name).spawn(move || {
             let mut attempts = Attempts::new();
-            while let Err(outcome) = Outgoing::run(mover.clone(), request.clone(), &sender) {
+            loop {
+                // Each on a thread of its own: what it still traces at its end, the kernel lets go.
+                let attempt = std::thread::scope(|scope| {
+                    let (mover, request) = (mover.clone(), request.clone());
+                    let name = format!("move-{}", request.pid);
+                    let thread = std::thread::Builder::new().name(name);
+                    let attempt = thread.spawn_scoped(scope, || Outgoing::run(mover, request, &sender));
+                    attempt.map(|attempt| attempt.join())
+                });
+                let outcome = match attempt {
+                    Ok(Ok(Ok(()))) => return,
+                    Ok(Ok(Err(outcome))) => outcome,
+                    Ok(Err(_)) | Err(_) => {
+                        let message = format!(
+                            "the move of process {} did not end well: see the daemon's log",
+                            request.pid
+                        );
+                        MoveOutcome::Failed(failure(FailureKind::Other, message, None))
+                    }
+                };
                 let Some(pause) = attempts.next(&outcome) else {
                     let _ = sender.send(Report::Outcome(outcome));
                     return;
@@ -424,7 +443,12 @@ impl<'a> Outgoing<'a> {
                 };
                 self.failed = Some(MoveOutcome::Failed(failure(kind, message, None)));
             }
-            SourceReport::Committed => self.progress(MovePhase::Commit),
+            SourceReport::Committed => {
+                // What is still fetched from here is its image: the process itself may come back meanwhile.
+                let by = self.plan.move_id;
+                lock(&self.mover.busy).retain(|_, other| *other != by);
+                self.progress(MovePhase::Commit);
+            }
             SourceReport::Resumed => {
                 self.tight = false;
                 self.times.resumed = Some(Instant::now());
