@@ -4,10 +4,10 @@
 //! sides while the process is frozen.
 
 use crate::restore::Blank;
-use dunlin_proto::image::{Essence, Files, Mapping, MappingKind, ThreadImage};
+use dunlin_proto::image::{Essence, Files, Mapping, MappingKind, Space, ThreadImage};
 use dunlin_sys::pagemap::{self, Query};
-use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::FdInfo;
+use dunlin_sys::procfs::{ProcDir, maps};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
@@ -56,6 +56,57 @@ pub fn digest(memory: &File, pagemap: &File, mappings: &[Mapping], without: &[(u
         }
     }
     Ok(digest)
+}
+
+/// Compares the copy's mappings with those that it should have: places, protections and kinds.
+pub fn compare_space(host: i32, space: &Space, without: (u64, u64)) -> Result<(), String> {
+    type Run = (u64, u64, u32, bool, bool);
+    let join = |all: &mut dyn Iterator<Item = Run>| {
+        let mut runs: Vec<Run> = Vec::new();
+        for run in all {
+            match runs.last_mut() {
+                Some(last) if last.1 == run.0 && (last.2, last.3, last.4) == (run.2, run.3, run.4) => last.1 = run.1,
+                _ => runs.push(run),
+            }
+        }
+        runs
+    };
+    let kernels = |start: u64| {
+        let of_kernel = space.mappings.iter().find(|m| m.start <= start && start < m.end);
+        of_kernel.is_some_and(|m| matches!(m.kind, MappingKind::Kernel(_)))
+    };
+    let text = ProcDir::process(host).bytes("maps").map_err(|e| e.to_string())?;
+    let all = maps::parse(&text).map_err(|e| e.to_string())?;
+    let here = all
+        .iter()
+        .filter(|m| m.name != b"[vsyscall]" && !kernels(m.start) && !(m.start >= without.0 && m.end <= without.1));
+    let here = join(&mut here.map(|m| {
+        let protection = u32::from(m.read) | u32::from(m.write) << 1 | u32::from(m.execute) << 2;
+        (m.start, m.end, protection, m.shared, m.has_file())
+    }));
+    let wanted = space
+        .mappings
+        .iter()
+        .filter(|m| !matches!(m.kind, MappingKind::Kernel(_)));
+    let wanted = join(&mut wanted.map(|m| {
+        let shared = matches!(m.kind, MappingKind::SharedFile { .. });
+        (m.start, m.end, m.protection, shared, m.kind != MappingKind::Anonymous)
+    }));
+    let differs = wanted
+        .iter()
+        .find(|run| !here.contains(run))
+        .map(|run| ("is missing", run));
+    let differs = differs.or_else(|| {
+        here.iter()
+            .find(|run| !wanted.contains(run))
+            .map(|run| ("is too much", run))
+    });
+    match differs {
+        Some((how, (start, end, protection, shared, file))) => Err(format!(
+            "the mapping {start:x}-{end:x} (protection {protection}, shared {shared}, of a file {file}) {how} in the copy"
+        )),
+        None => Ok(()),
+    }
 }
 
 /// Compares the pages; how many are equal, or the first difference in words.

@@ -26,6 +26,10 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
+/// A process with no more memory than this has its mappings listed in the freeze with their flags, if they have changed:
+/// that takes a few milliseconds at most.
+const LISTED_AGAIN: u64 = 256 << 20;
+
 /// A process all of whose threads are stopped.
 pub struct Frozen {
     /// What was prepared.
@@ -316,7 +320,13 @@ impl Frozen {
         if same && !source.looked_again && brk == source.plan.image.space.layout[5] {
             return Ok(None);
         }
-        let listing = space::relisting(now, &source.listing);
+        // Only smaps tells the flags of a new mapping, and it walks all page tables: of a large process those that were there
+        // at its place are taken for its own.
+        let listing = if !same && source.plan.resident_bytes <= LISTED_AGAIN {
+            space::listing(&source.dir)?
+        } else {
+            space::relisting(now, &source.listing)
+        };
         let layout = source.dir.stat()?.layout;
         let space = space::read(
             source.pid,

@@ -548,6 +548,7 @@ impl Incoming {
         const PATIENCE: Duration = Duration::from_secs(240);
         let Some(source) = &process.digest else { return Ok(()) };
         let blank = &self.blanks[index];
+        verify::compare_space(blank.host, blank.space(), blank.hole())?;
         verify::compare_threads(blank, &process.essence)?;
         verify::compare_files(blank.host, blank.files())?;
         if self.spaces[index].wait_finished(PATIENCE).is_none() {

@@ -289,6 +289,16 @@ impl Blank {
         &self.image.files
     }
 
+    /// The address space that it should have.
+    pub fn space(&self) -> &dunlin_proto::image::Space {
+        &self.image.space
+    }
+
+    /// Where its foothold is.
+    pub fn hole(&self) -> (u64, u64) {
+        self.foothold.range()
+    }
+
     /// Memory of the blank that may be overwritten.
     pub fn scratch(&self) -> u64 {
         self.foothold.range().1 - 4096
