@@ -8,18 +8,18 @@ use std::ops::BitOr;
 pub struct Features(pub u64);
 
 impl Features {
-    /// A fork gives the child's address space a userfaultfd of its own, in [`Event::Fork`]. Without it the child reads
+    /// A fork gives the child's address space a userfaultfd of its own, in [`Event::Fork`](super::Event::Fork). Without it the child reads
     /// missing pages as zeros. Negotiating it wants CAP_SYS_PTRACE.
     pub const EVENT_FORK: Features = Features(1 << 1);
-    /// mremap raises [`Event::Remap`].
+    /// mremap raises [`Event::Remap`](super::Event::Remap).
     pub const EVENT_REMAP: Features = Features(1 << 2);
-    /// MADV_DONTNEED, MADV_FREE and MADV_REMOVE raise [`Event::Remove`].
+    /// MADV_DONTNEED, MADV_FREE and MADV_REMOVE raise [`Event::Remove`](super::Event::Remove).
     pub const EVENT_REMOVE: Features = Features(1 << 3);
     /// Missing pages of hugetlbfs.
     pub const MISSING_HUGETLBFS: Features = Features(1 << 4);
     /// Missing pages of shared memory.
     pub const MISSING_SHMEM: Features = Features(1 << 5);
-    /// Every unmapping raises [`Event::Unmap`].
+    /// Every unmapping raises [`Event::Unmap`](super::Event::Unmap).
     pub const EVENT_UNMAP: Features = Features(1 << 6);
     /// Faults carry the thread that raised them.
     pub const THREAD_ID: Features = Features(1 << 8);
@@ -29,7 +29,7 @@ impl Features {
     pub const WP_HUGETLBFS_SHMEM: Features = Features(1 << 12);
     /// Write protection covers pages that do not exist yet.
     pub const WP_UNPOPULATED: Features = Features(1 << 13);
-    /// [`Uffd::poison`].
+    /// [`Uffd::poison`](super::Uffd::poison).
     pub const POISON: Features = Features(1 << 14);
     /// Write faults are resolved by the kernel and only recorded, for [`crate::pagemap`] to find.
     pub const WP_ASYNC: Features = Features(1 << 15);
@@ -94,7 +94,7 @@ pub struct Watch(u64);
 impl Watch {
     /// Accesses to pages that do not exist.
     pub const MISSING: Watch = Watch(1);
-    /// Writes to pages that are write-protected by [`Uffd::write_protect`].
+    /// Writes to pages that are write-protected by [`Uffd::write_protect`](super::Uffd::write_protect).
     pub const WRITE_PROTECT: Watch = Watch(2);
     /// Accesses to pages that exist in the file, but not in this page table.
     pub const MINOR: Watch = Watch(4);
