@@ -141,19 +141,7 @@ impl Arena {
     /// at `base`: the first page readable and executable, the rest readable and writable.
     pub fn over(memfd: OwnedFd, base: u64) -> std::io::Result<Arena> {
         ftruncate(&memfd, ARENA_BYTES)?;
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let memory = unsafe {
-            mmap(
-                std::ptr::null_mut(),
-                ARENA_BYTES as usize,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                &memfd,
-                0,
-            )?
-        };
-        let memory = NonNull::new(memory.cast()).ok_or(std::io::ErrorKind::OutOfMemory)?;
-        let arena = Arena { memory, memfd, base };
+        let arena = Arena::map(memfd, base)?;
         arena.write(0, code());
         arena.word(HELD_AT).store(MAGIC, Ordering::Release);
         Ok(arena)
@@ -165,6 +153,12 @@ impl Arena {
         if rustix::fs::fstat(&memfd)?.st_size != ARENA_BYTES as i64 {
             return Ok(None);
         }
+        let arena = Arena::map(memfd, base)?;
+        let known = arena.word(HELD_AT).load(Ordering::Acquire) == MAGIC && arena.read(0, code().len()) == code();
+        Ok(known.then_some(arena))
+    }
+
+    fn map(memfd: OwnedFd, base: u64) -> std::io::Result<Arena> {
         // SAFETY: a new mapping at an address of the kernel's choice.
         let memory = unsafe {
             mmap(
@@ -177,9 +171,7 @@ impl Arena {
             )?
         };
         let memory = NonNull::new(memory.cast()).ok_or(std::io::ErrorKind::OutOfMemory)?;
-        let arena = Arena { memory, memfd, base };
-        let known = arena.word(HELD_AT).load(Ordering::Acquire) == MAGIC && arena.read(0, code().len()) == code();
-        Ok(known.then_some(arena))
+        Ok(Arena { memory, memfd, base })
     }
 
     /// Writes down what a thread is, before it is made to do something else: whoever finds the arena after the death of

@@ -15,16 +15,20 @@ const T: Now = Now::from_secs(100);
 const M: Modulus = Modulus(8);
 
 /// ROOT is on S, in its first incarnation after a commit.
-fn home() -> Home {
-    let mut home = Home::restore(T, M, HERE, Ledger::default());
-    let news = EntryChange {
+fn news() -> EntryChange {
+    EntryChange {
         pid: ROOT,
         incarnation: arrived(),
         node: S,
         ids: vec![],
         homes: [HERE].into(),
-    };
-    home.handle(T, HomeEvent::Learn(vec![news]));
+    }
+}
+
+/// A home that has learnt it.
+fn home() -> Home {
+    let mut home = Home::restore(T, M, HERE, Ledger::default());
+    home.handle(T, HomeEvent::Learn(vec![news()]));
     assert!(drain(&mut home).contains(&HomeAction::Reserve(vec![ROOT])));
     home
 }
@@ -433,14 +437,7 @@ fn a_decision_of_which_only_the_record_survived_is_whole() {
         }
         batches.clone()
     };
-    let news = EntryChange {
-        pid: ROOT,
-        incarnation: arrived(),
-        node: S,
-        ids: vec![],
-        homes: [HERE].into(),
-    };
-    run(&mut home, HomeEvent::Learn(vec![news]));
+    run(&mut home, HomeEvent::Learn(vec![news()]));
     let at_lease = run(&mut home, HomeEvent::FromSource(S, ID, lease(claims())));
     let at_commit = run(&mut home, HomeEvent::FromDestination(D, ID, commit()));
     for (batches, place) in [

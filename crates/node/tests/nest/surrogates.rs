@@ -1,7 +1,7 @@
 //! Surrogates in the nest.
 
 use super::Test;
-use super::fixture::Fixture;
+use super::fixture::{Fixture, Running};
 use dunlin_node::nest::{NestEvent, SurrogateSpec, errno};
 use dunlin_proto::ids::Pid;
 
@@ -156,13 +156,19 @@ signal.sigwait([12])
 os.execv('/proc/self/fd/0', ['turned'])
 ";
 
-fn a_program_becomes_a_surrogate_and_reaps() {
-    let mut f = Fixture::new();
+/// A program that has forked, and becomes the surrogate program at SIGUSR2.
+fn about_to_turn(f: &Fixture) -> Running {
     let program = f.nest().surrogate_program().try_clone_to_owned().unwrap();
     let running = f.try_start(&["python3", "-c", TURN], |s| s.stdio[0] = program).unwrap();
-    let pid = running.pid;
     let mut line = [0u8; 16];
     rustix::io::read(&running.output, &mut line).unwrap();
+    running
+}
+
+fn a_program_becomes_a_surrogate_and_reaps() {
+    let mut f = Fixture::new();
+    let running = about_to_turn(&f);
+    let pid = running.pid;
     f.nest().register_surrogate(pid).unwrap();
     f.sh(&format!(
         "kill -USR2 {pid}; n=0; until grep -q turned /proc/{pid}/comm; do sleep 0.01; n=$((n+1)); [ $n -lt 500 ] || exit 1; done; pkill -USR1 -P {pid}"
@@ -184,11 +190,8 @@ fn a_program_becomes_a_surrogate_and_reaps() {
 
 fn only_registered_ones_are_believed() {
     let mut f = Fixture::new();
-    let program = f.nest().surrogate_program().try_clone_to_owned().unwrap();
-    let running = f.try_start(&["python3", "-c", TURN], |s| s.stdio[0] = program).unwrap();
+    let running = about_to_turn(&f);
     let pid = running.pid;
-    let mut line = [0u8; 16];
-    rustix::io::read(&running.output, &mut line).unwrap();
     f.sh(&format!(
         "kill -USR2 {pid}; n=0; until grep -q turned /proc/{pid}/comm; do sleep 0.01; n=$((n+1)); [ $n -lt 500 ] || exit 1; done; kill -TERM {pid}"
     ));

@@ -92,64 +92,61 @@ pub enum Change {
 
 /// The changes among messages that a process read which is dead by now (a fork's descriptor died with it).
 pub fn changes(messages: &[u8]) -> Vec<Change> {
-    let change = |message: &[u8]| {
-        let word = |at: usize| u64::from_ne_bytes(message[at..at + 8].try_into().expect("a message has 32 bytes"));
-        Some(match message[0] {
-            0x13 => Change::Fork,
-            0x14 => Change::Remap {
-                from: word(8),
-                to: word(16),
-                len: word(24),
-            },
-            0x15 => Change::Remove {
-                start: word(8),
-                end: word(16),
-            },
-            0x16 => Change::Unmap {
-                start: word(8),
-                end: word(16),
-            },
-            _ => return None,
-        })
-    };
     messages.chunks_exact(MESSAGE_BYTES).filter_map(change).collect()
+}
+
+fn word(message: &[u8], at: usize) -> u64 {
+    u64::from_ne_bytes(message[at..at + 8].try_into().expect("a message has 32 bytes"))
+}
+
+/// `None` for what is no change.
+fn change(message: &[u8]) -> Option<Change> {
+    Some(match message[0] {
+        0x13 => Change::Fork,
+        0x14 => Change::Remap {
+            from: word(message, 8),
+            to: word(message, 16),
+            len: word(message, 24),
+        },
+        0x15 => Change::Remove {
+            start: word(message, 8),
+            end: word(message, 16),
+        },
+        0x16 => Change::Unmap {
+            start: word(message, 8),
+            end: word(message, 16),
+        },
+        _ => return None,
+    })
 }
 
 /// `None` for a kind that was not negotiated.
 pub(super) fn parse(message: &[u8]) -> Result<Option<Event>, UffdError> {
-    let word = |at: usize| u64::from_ne_bytes(message[at..at + 8].try_into().expect("a message has 32 bytes"));
-    Ok(Some(match message[0] {
-        0x12 => Event::Fault {
-            address: word(16),
-            write: word(8) & 1 != 0,
-            kind: match word(8) & 6 {
+    if message[0] == 0x12 {
+        let flags = word(message, 8);
+        return Ok(Some(Event::Fault {
+            address: word(message, 16),
+            write: flags & 1 != 0,
+            kind: match flags & 6 {
                 0 => FaultKind::Missing,
                 4 => FaultKind::Minor,
                 _ => FaultKind::WriteProtect,
             },
-        },
-        0x13 => {
-            let number = word(8) as u32 as i32;
+        }));
+    }
+    // Only what was negotiated is sent.
+    let Some(change) = change(message) else { return Ok(None) };
+    Ok(Some(match change {
+        Change::Fork => {
+            let number = word(message, 8) as u32 as i32;
             // SAFETY: the kernel has put this new descriptor into our table for this message; nobody else knows it.
             let fd = unsafe { OwnedFd::from_raw_fd(number) };
             Event::Fork {
                 child: Uffd::from_fd(fd)?,
             }
         }
-        0x14 => Event::Remap {
-            from: word(8),
-            to: word(16),
-            len: word(24),
-        },
-        0x15 => Event::Remove {
-            start: word(8),
-            end: word(16),
-        },
-        0x16 => Event::Unmap {
-            start: word(8),
-            end: word(16),
-        },
-        // Only what was negotiated is sent.
-        _ => return Ok(None),
+        Change::Remap { from, to, len } => Event::Remap { from, to, len },
+        Change::Remove { start, end } => Event::Remove { start, end },
+        Change::Unmap { start, end } => Event::Unmap { start, end },
     }))
 }
