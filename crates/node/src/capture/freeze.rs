@@ -19,7 +19,7 @@ use dunlin_sys::pagemap::{self, Query};
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::parse_timers;
 use dunlin_sys::procfs::maps;
-use dunlin_sys::ptrace::{Options, Running, Stop, Stopped};
+use dunlin_sys::ptrace::{Options, Registers, Running, Stop, Stopped};
 use dunlin_sys::script::{Held, Script};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -98,17 +98,20 @@ impl Source {
         held::Note::source(trap, &self.plan.image.signals.actions).leave(&self.foothold);
         let mut slot = 0;
         while let Some(thread) = stopped.next() {
-            let as_found = (thread.tid(), thread.registers()?, thread.signal_mask()?);
-            let settled = self.settle(slot, thread);
+            let found = Held {
+                tid: thread.tid(),
+                mask: thread.signal_mask()?,
+                registers: thread.registers()?,
+            };
+            let settled = self.settle(slot, thread, &found);
             slot += 1;
             match settled {
                 Ok(thread) => frozen.push(thread),
                 // Killed; the whole process is, or it was a thread that nobody will miss.
                 Err(CaptureError::Gone) => {}
                 Err(error) => {
-                    let (tid, registers, mask) = as_found;
                     let settled = frozen.iter().map(|t| (t.thread.tid(), &t.registers, t.mask));
-                    for (tid, registers, mask) in settled.chain([(tid, &registers, mask)]) {
+                    for (tid, registers, mask) in settled.chain([(found.tid, &found.registers, found.mask)]) {
                         let thread = Stopped::assume(tid);
                         let _ = thread.set_registers(registers);
                         let _ = thread.set_signal_mask(mask);
@@ -142,21 +145,14 @@ impl Source {
         Ok(())
     }
 
-    /// Brings a stopped thread to a place where it can be captured, and notes what it was doing.
-    fn settle(&mut self, slot: usize, thread: Stopped) -> Result<FrozenThread, CaptureError> {
-        let host_tid = thread.tid();
+    /// Brings a stopped thread, which was found so, to a place where it can be captured, and notes what it was doing.
+    fn settle(&mut self, slot: usize, thread: Stopped, found: &Held) -> Result<FrozenThread, CaptureError> {
+        let (host_tid, mask) = (found.tid, found.mask);
         let tid = self.number_of(host_tid)?;
-        let mask = thread.signal_mask()?;
         // From here on this daemon's death must not change what it is.
-        let held = |registers| Held {
-            tid: host_tid,
-            mask,
-            registers,
-        };
-        self.foothold.arena.hold(slot, &held(thread.registers()?));
+        self.foothold.arena.hold(slot, found);
         thread.set_signal_mask(SCRIPT_MASK)?;
-        let thread = self.leave_vdso(thread)?;
-        let mut registers = thread.registers()?;
+        let (thread, mut registers) = self.leave_vdso(thread, found.registers)?;
         if let Some(again) = sleep::made_again(&registers) {
             registers = again;
         }
@@ -165,7 +161,12 @@ impl Source {
         if let Some(abort) = threads::rseq_abort(&thread, &self.memory, registers.rip)? {
             registers.rip = abort;
         }
-        self.foothold.arena.hold(slot, &held(registers));
+        let settled = Held {
+            tid: host_tid,
+            mask,
+            registers,
+        };
+        self.foothold.arena.hold(slot, &settled);
         let sleep = self.sleeps.find(self.host, host_tid, &registers, &self.memory);
         Ok(FrozenThread {
             thread,
@@ -187,7 +188,7 @@ impl Source {
     }
 
     /// The vDSO reads clock data of this machine's kernel: half of such a reading must not meet the other machine's.
-    fn leave_vdso(&self, mut thread: Stopped) -> Result<Stopped, CaptureError> {
+    fn leave_vdso(&self, mut thread: Stopped, mut registers: Registers) -> Result<(Stopped, Registers), CaptureError> {
         const MAX_STEPS: u32 = 4000;
         let kernel_code = self
             .plan
@@ -196,17 +197,19 @@ impl Source {
             .mappings
             .iter()
             .find(|m| m.kind == MappingKind::Kernel(dunlin_proto::image::KernelMapping::Vdso));
-        let Some(vdso) = kernel_code else { return Ok(thread) };
+        let Some(vdso) = kernel_code else {
+            return Ok((thread, registers));
+        };
         for _ in 0..MAX_STEPS {
-            let registers = thread.registers()?;
             let inside = registers.rip >= vdso.start && registers.rip < vdso.end;
             // In a system call it has no half-read clock.
             if !inside || registers.orig_rax as i64 >= 0 {
-                return Ok(thread);
+                break;
             }
             thread = thread.step()?;
+            registers = thread.registers()?;
         }
-        Ok(thread)
+        Ok((thread, registers))
     }
 }
 

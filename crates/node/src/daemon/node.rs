@@ -100,14 +100,14 @@ impl Node {
 
     /// What is known of a process that should be here and is not.
     fn ended_here(&self, pid: Pid) -> Place {
-        // A run's end is known when PID 1 has told it, which may be a moment after the kernel has forgotten the process.
+        // A run's end is known when PID 1 has told it, which may be a moment after the kernel has forgotten the process;
+        // an end elsewhere when its node has told it, while the entry here is still to end.
+        let is_coming = || {
+            let is_run = self.runs.of(pid).is_some();
+            is_run || self.hidden.kind(pid).is_some() && self.exits.ended(pid).is_none()
+        };
         let deadline = Instant::now() + WORD_WITHIN;
-        while self.runs.of(pid).is_some() && Instant::now() < deadline {
-            thread::sleep(WORD_AFTER);
-        }
-        // So may the word of an end elsewhere: the entry here is about to end with it.
-        let is_entry = || self.hidden.kind(pid).is_some();
-        while is_entry() && self.exits.ended(pid).is_none() && Instant::now() < deadline {
+        while is_coming() && Instant::now() < deadline {
             thread::sleep(WORD_AFTER);
         }
         self.exits.ended(pid).map_or(Place::Nowhere, |e| Place::Ended {
