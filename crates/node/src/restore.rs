@@ -4,8 +4,8 @@
 //! and decisions. A *blank* is a process of the nest that already has the right PID, parent, group and session and runs
 //! the surrogate program. Invariants: everything that can be done before the freeze is done in [`Blank::prepare`];
 //! what the essence changes is corrected, and what cannot be corrected is an error, never passed over; nothing of the
-//! program runs before [`Blank::resume`]; a blank that is dropped before is destroyed by [`Blank::destroy`] only, so
-//! that the caller decides what becomes of an entry that had been a surrogate.
+//! program runs before [`Blank::resume`]; dropping a blank before ends nothing: the caller decides what becomes of
+//! its task, which may be an entry that had been a surrogate.
 
 mod blank;
 mod descriptors;

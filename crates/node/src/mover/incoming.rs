@@ -24,6 +24,7 @@ use dunlin_proto::image::{DescriptionKind, Plan};
 use dunlin_proto::pages::ClientId;
 use dunlin_proto::peer::{PeerReply, PeerRequest};
 use dunlin_proto::relocation::Member;
+use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::Options;
 use std::collections::BTreeMap;
 use std::io;
@@ -374,13 +375,11 @@ impl Incoming {
             self.places.push(Placed {
                 pid: lineage.pid,
                 place,
-                comm: process
-                    .plan
-                    .image
-                    .threads
-                    .first()
-                    .map(|t| t.comm.clone())
-                    .unwrap_or_default(),
+                comm: ProcDir::process(place.host)
+                    .bytes("comm")
+                    .unwrap_or_default()
+                    .trim_ascii_end()
+                    .to_vec(),
             });
             let mut relatives: Vec<Pid> = [lineage.ppid, lineage.pgid, lineage.sid].into();
             relatives.retain(|pid| self.mover.hidden.kind(*pid) == Some(HiddenKind::Relative));
@@ -454,11 +453,7 @@ impl Incoming {
         let blank = &self.blanks[index];
         let (uffd, regions) = blank.pages().map_err(|e| e.to_string())?;
         let mut map = PageMap::new();
-        for (start, end) in &regions {
-            map.cover(*start, *end)
-                .and_then(|()| map.back_with(*start, (end - start) / 4096, image, *start))
-                .map_err(|e| e.to_string())?;
-        }
+        back_all(&mut map, &regions, image).map_err(|e| e.to_string())?;
         let space = NewSpace {
             id: None,
             pid: Some(blank.host),
@@ -583,13 +578,6 @@ impl Incoming {
         }
     }
 
-    /// Which move left each image that a process may still need.
-    fn images_of(&self, index: usize) -> BTreeMap<ImageId, MoveId> {
-        let mut images: BTreeMap<ImageId, MoveId> = self.frozen[index].images.iter().copied().collect();
-        images.insert(self.prepared[index].image, self.id);
-        images
-    }
-
     /// What is kept of a process that waits for the decision.
     fn place_of(&self, index: usize) -> KeptPlace {
         let Placed { pid, place, comm } = &self.places[index];
@@ -627,51 +615,48 @@ impl Incoming {
         let process = &self.frozen[index];
         let lineage = &process.essence.lineage;
         let member = self.members.iter().find(|m| m.pid == lineage.pid);
+        let mut images: BTreeMap<ImageId, MoveId> = process.images.iter().copied().collect();
+        images.insert(self.prepared[index].image, self.id);
         ArrivalRecord {
             pid: lineage.pid,
             moves: lineage.moves + 1,
             command: lineage.command.clone(),
             incarnation: member.map(|m| m.incarnation.after_commit()).unwrap_or_default(),
             ids: member.map(|m| m.ids.clone()).unwrap_or_default(),
-            images: self.images_of(index).into_iter().collect(),
+            images: images.into_iter().collect(),
             relatives: self.relatives[index].clone(),
             uid: process.essence.traits.uids[0],
         }
     }
 
-    fn arrive(&mut self, index: usize) {
+    fn arrive(&self, index: usize) {
         let process = &self.frozen[index];
-        let lineage = &process.essence.lineage;
-        let pid = lineage.pid;
+        let record = self.arrival_of(index);
+        let (pid, incarnation) = (record.pid, record.incarnation);
         let mover = &self.mover;
         if self.places[index].place.stood_before {
             mover.log("unregistering a surrogate", mover.nest.unregister_surrogate(pid));
         }
         let space = self.spaces[index].clone();
-        let member = self.members.iter().find(|m| m.pid == pid);
-        let incarnation = member.map(|m| m.incarnation.after_commit()).unwrap_or_default();
         let streams = streams_of(process, &self.prepared[index].plan);
         let elsewhere = elsewhere(space.clone());
         mover.residents.insert(
             pid,
             Resident {
-                moves: lineage.moves + 1,
-                command: lineage.command.clone(),
+                moves: record.moves,
+                command: record.command,
                 incarnation,
                 frozen: false,
                 elsewhere,
             },
         );
-        let ids = member.map(|m| m.ids.clone()).unwrap_or_default();
-        let relatives = std::mem::take(&mut self.relatives[index]);
-        let images = self.images_of(index);
         mover.arrivals.insert(
             pid,
             Arrival {
-                ids,
-                images,
+                ids: record.ids,
+                images: record.images.into_iter().collect(),
                 space: Some(space),
-                relatives,
+                relatives: record.relatives,
                 verified_pages: self.verified.get(&pid).copied(),
             },
         );
@@ -680,7 +665,7 @@ impl Incoming {
         mover.hidden.remove(pid);
         match mover.nest.pidfd(pid) {
             Ok(Some(pidfd)) => {
-                let watched = mover.exits.watch(pid, pidfd, process.essence.traits.uids[0]);
+                let watched = mover.exits.watch(pid, pidfd, record.uid);
                 mover.log("watching an arrived process", watched.map(|_| ()));
             }
             // It has ended already: its parent here has been told by the kernel, its home is told by the tick.
@@ -688,7 +673,7 @@ impl Incoming {
             Err(error) => tracing::error!(%pid, %error, "an arrived process cannot be watched"),
         }
         mover.streams.arrived(pid, &streams);
-        mover.tell_stops(&lineage.children);
+        mover.tell_stops(&process.essence.lineage.children);
         tracing::info!(%pid, from = %self.id.source, ?incarnation, "a process has arrived");
     }
 
@@ -699,11 +684,9 @@ impl Incoming {
                 self.mover.hand_over(BTreeMap::from([(place.pid, space)]));
             }
         }
-        let mut blanks = std::mem::take(&mut self.blanks).into_iter();
         // A failure leaves one place half-made; those after it are as they were found or made.
-        let touched = blanks.len() + 1;
+        let touched = std::mem::take(&mut self.blanks).len() + 1;
         for (index, Placed { pid, place, comm }) in std::mem::take(&mut self.places).into_iter().enumerate() {
-            drop(blanks.next());
             if let Some(space) = self.mover.ahead.remove(self.id, pid) {
                 // Whatever it answers: nothing is installed from here on.
                 drop(space.withdraw());
@@ -738,6 +721,19 @@ pub(super) fn elsewhere(space: SpaceHandle) -> Arc<dyn Fn() -> BTreeMap<Slot, u6
     })
 }
 
+/// What nothing else is known of in these regions is in this image.
+fn back_all(
+    map: &mut PageMap,
+    regions: &[(u64, u64)],
+    image: ImageId,
+) -> Result<(), dunlin_cluster::page_map::MapError> {
+    for (start, end) in regions {
+        map.cover(*start, *end)?;
+        map.back_with(*start, (end - start) / 4096, image, *start)?;
+    }
+    Ok(())
+}
+
 /// Where the pages of an arriving process are: what is still elsewhere by its own map, everything else at its source.
 fn page_map(
     process: &FrozenProcess,
@@ -748,10 +744,7 @@ fn page_map(
         Some(earlier) => PageMap::from_image(earlier)?,
         None => PageMap::new(),
     };
-    for (start, end) in regions {
-        map.cover(*start, *end)?;
-        map.back_with(*start, (end - start) / 4096, image, *start)?;
-    }
+    back_all(&mut map, regions, image)?;
     for run in &process.essence.hot_pages {
         map.settle(run.address, run.bytes.len() as u64 / 4096);
     }

@@ -248,18 +248,6 @@ impl Blank {
         self.memory.try_clone()
     }
 
-    /// Ends a blank that will not be resumed.
-    pub fn destroy(self) {
-        if let Some(pid) = rustix::process::Pid::from_raw(self.host) {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-        }
-    }
-
-    /// The name of the process.
-    pub fn comm(&self) -> &[u8] {
-        self.image.threads.first().map_or(b"dunlin", |thread| &thread.comm)
-    }
-
     /// Hashes of all its private pages; every one of them must be here.
     pub fn digest(&self, essence: &Essence) -> std::io::Result<crate::verify::Digest> {
         let areas = crate::verify::kernel_areas(&essence.threads);
