@@ -9,21 +9,26 @@
 mod again;
 mod ahead;
 mod arrivals;
+mod arrive;
 mod attempts;
 mod decisions;
 mod giving;
 mod incoming;
+mod leftovers;
 mod links;
 mod outgoing;
 mod party;
 mod payload;
 mod progress;
+mod rebuild;
+mod records;
 mod recover;
 mod relatives;
 mod second_hand;
+mod survivors;
 
-pub use incoming::raw_clocks;
 pub use outgoing::{MoveOutcome, Report, Reporter};
+pub use rebuild::raw_clocks;
 
 use crate::capture::CaptureError;
 use crate::capture::freeze::LeftBehind;

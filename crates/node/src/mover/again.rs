@@ -6,7 +6,7 @@
 use super::Mover;
 use super::outgoing::Outgoing;
 use super::party::children_of;
-use super::recover::Left;
+use super::records::Left;
 use crate::capture::CaptureError;
 use crate::capture::held::Abandoned;
 use crate::page_server::NewImage;

@@ -6,7 +6,7 @@
 use super::ahead::Rounds;
 use super::outgoing::{MoveOutcome, Outgoing, Report, failure};
 use super::payload::{self, Ahead, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared};
-use super::recover::ImageRecord;
+use super::records::ImageRecord;
 use super::{Mover, lock, random};
 use crate::capture::freeze::Frozen;
 use crate::capture::{CaptureError, Source, Surroundings, demanded};

@@ -6,7 +6,7 @@
 use super::attempts::Attempts;
 use super::payload::{self, Proposal};
 use super::progress::{Times, phase};
-use super::recover::{ImageRecord, KeptSource, Left};
+use super::records::{ImageRecord, KeptSource, Left};
 use super::{Mover, Word, lock, random};
 use crate::capture::freeze::Frozen;
 use crate::capture::{Met, Source, Watch};

@@ -1,0 +1,194 @@
+//! What a destination does after the decision: the processes run here, or what was made for them goes.
+//!
+//! Owns the last steps of an arrival, also of one that a former daemon has rebuilt. Invariants: what a later daemon must
+//! know of a process is written down before it runs; a blank that was made for the move is ended, one that had been a
+//! surrogate becomes one again.
+
+use super::arrivals::Arrival;
+use super::incoming::{Incoming, Placed};
+use super::lock;
+use super::payload::FrozenProcess;
+use super::records::{ArrivalRecord, KeptPlace};
+use crate::pager::SpaceHandle;
+use crate::processes::{HiddenKind, Resident};
+use crate::restore::Common;
+use dunlin_proto::ids::{ImageId, MoveId, RunId, Slot};
+use dunlin_proto::image::{DescriptionKind, Plan};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+impl Incoming {
+    pub(super) fn resume(&mut self) {
+        let started = Instant::now();
+        self.resume_waiting();
+        for index in 0..self.frozen.len() {
+            self.mover.remember_arrival(&self.arrival_of(index));
+        }
+        let blanks = std::mem::take(&mut self.blanks);
+        let mut hosts = Vec::new();
+        for (blank, process) in blanks.into_iter().zip(&self.frozen) {
+            let (pid, host) = (blank.pid, blank.host);
+            match blank.resume(&process.essence) {
+                Ok(_) => hosts.push(host),
+                Err(error) => tracing::error!(%pid, %error, "a granted process could not be resumed"),
+            }
+        }
+        self.common = Common::default();
+        tracing::debug!(resume_us = started.elapsed().as_micros(), "resumed");
+        for index in 0..self.frozen.len() {
+            self.arrive(index);
+        }
+    }
+
+    /// What is kept of a process that waits for the decision.
+    pub(super) fn place_of(&self, index: usize) -> KeptPlace {
+        let Placed { pid, place, comm } = &self.places[index];
+        KeptPlace {
+            pid: *pid,
+            host: place.host,
+            comm: comm.clone(),
+            stopped_by: self.frozen[index].essence.stopped_by,
+            arrival: self.arrival_of(index),
+        }
+    }
+
+    /// Lets those run that a former daemon has rebuilt.
+    fn resume_waiting(&mut self) {
+        for (place, space) in std::mem::take(&mut self.waiting) {
+            let (mover, pid) = (&self.mover, place.pid);
+            mover.remember_arrival(&place.arrival);
+            mover.hidden.remove(pid);
+            let arrived = mover.recover_arrival(place.arrival);
+            if let Some(space) = space {
+                mover.adopt_again(pid, space);
+            }
+            mover.log("unregistering a surrogate", mover.nest.unregister_surrogate(pid));
+            mover.let_run_on(pid, place.host, place.stopped_by);
+            match arrived {
+                Ok(None) => {}
+                Ok(Some(ended)) => mover.vanished(ended),
+                Err(error) => tracing::error!(%pid, %error, "an arrived process cannot be watched"),
+            }
+        }
+    }
+
+    /// What a later daemon must know of a process that came; written down before it runs.
+    fn arrival_of(&self, index: usize) -> ArrivalRecord {
+        let process = &self.frozen[index];
+        let lineage = &process.essence.lineage;
+        let member = self.members.iter().find(|m| m.pid == lineage.pid);
+        let mut images: BTreeMap<ImageId, MoveId> = process.images.iter().copied().collect();
+        images.insert(self.prepared[index].image, self.id);
+        ArrivalRecord {
+            pid: lineage.pid,
+            moves: lineage.moves + 1,
+            command: lineage.command.clone(),
+            incarnation: member.map(|m| m.incarnation.after_commit()).unwrap_or_default(),
+            ids: member.map(|m| m.ids.clone()).unwrap_or_default(),
+            images: images.into_iter().collect(),
+            relatives: self.relatives[index].clone(),
+            uid: process.essence.traits.uids[0],
+        }
+    }
+
+    fn arrive(&self, index: usize) {
+        let process = &self.frozen[index];
+        let record = self.arrival_of(index);
+        let (pid, incarnation) = (record.pid, record.incarnation);
+        let mover = &self.mover;
+        if self.places[index].place.stood_before {
+            mover.log("unregistering a surrogate", mover.nest.unregister_surrogate(pid));
+        }
+        let space = self.spaces[index].clone();
+        let streams = streams_of(process, &self.prepared[index].plan);
+        let elsewhere = elsewhere(space.clone());
+        mover.residents.insert(
+            pid,
+            Resident {
+                moves: record.moves,
+                command: record.command,
+                incarnation,
+                frozen: false,
+                elsewhere,
+            },
+        );
+        mover.arrivals.insert(
+            pid,
+            Arrival {
+                ids: record.ids,
+                images: record.images.into_iter().collect(),
+                space: Some(space),
+                relatives: record.relatives,
+                verified_pages: self.verified.get(&pid).copied(),
+            },
+        );
+        lock(&mover.busy).insert(pid, self.id);
+        mover.orders.arrive(pid, process.obeyed.clone());
+        mover.hidden.remove(pid);
+        match mover.nest.pidfd(pid) {
+            Ok(Some(pidfd)) => {
+                let watched = mover.exits.watch(pid, pidfd, record.uid);
+                mover.log("watching an arrived process", watched.map(|_| ()));
+            }
+            // It has ended already: its parent here has been told by the kernel, its home is told by the tick.
+            Ok(None) => mover.vanished(pid),
+            Err(error) => tracing::error!(%pid, %error, "an arrived process cannot be watched"),
+        }
+        mover.streams.arrived(pid, &streams);
+        mover.tell_stops(&process.essence.lineage.children);
+        tracing::info!(%pid, from = %self.id.source, ?incarnation, "a process has arrived");
+    }
+
+    pub(super) fn destroy(&mut self) {
+        for (place, space) in std::mem::take(&mut self.waiting) {
+            self.mover.stand_for(place.pid, place.host, &place.comm);
+            if let Some(space) = space {
+                self.mover.hand_over(BTreeMap::from([(place.pid, space)]));
+            }
+        }
+        // A failure leaves one place half-made; those after it are as they were found or made.
+        let touched = std::mem::take(&mut self.blanks).len() + 1;
+        for (index, Placed { pid, place, comm }) in std::mem::take(&mut self.places).into_iter().enumerate() {
+            if let Some(space) = self.mover.ahead.remove(self.id, pid) {
+                // Whatever it answers: nothing is installed from here on.
+                drop(space.withdraw());
+            }
+            if !place.stood_before {
+                // Its end is nobody's: the surrogate of its parent will tell of it.
+                self.mover.hidden.insert(pid, HiddenKind::Leaving);
+                if let Some(host) = rustix::process::Pid::from_raw(place.host) {
+                    let _ = rustix::process::kill_process(host, rustix::process::Signal::KILL);
+                }
+            } else if index < touched {
+                let restored = self.mover.entries.stand_again(pid, place.host, &comm);
+                self.mover.log("making a surrogate stand again", restored);
+            }
+        }
+        self.relatives.clear();
+        self.spaces.clear();
+        self.common = Common::default();
+    }
+}
+
+/// How many pages of a space are elsewhere, by node.
+pub(super) fn elsewhere(space: SpaceHandle) -> Arc<dyn Fn() -> BTreeMap<Slot, u64> + Send + Sync> {
+    Arc::new(move || {
+        let mut by_node = BTreeMap::new();
+        if space.progress().finished.is_none() {
+            for (image, pages) in space.pages_elsewhere() {
+                *by_node.entry(image.holder).or_insert(0) += pages;
+            }
+        }
+        by_node
+    })
+}
+
+fn streams_of(process: &FrozenProcess, plan: &Plan) -> Vec<(RunId, u8)> {
+    let files = process.essence.files.as_ref().unwrap_or(&plan.image.files);
+    let stream = |kind: &DescriptionKind| match kind {
+        DescriptionKind::Stream { run, stream } => Some((*run, *stream)),
+        _ => None,
+    };
+    files.descriptions.iter().filter_map(|d| stream(&d.kind)).collect()
+}

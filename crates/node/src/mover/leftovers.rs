@@ -1,0 +1,120 @@
+//! The tasks of a nest that the last daemon held or had made, found by what they are.
+//!
+//! Owns the look at every process of the nest when a daemon starts. Refuses to decide about those that a record tells
+//! of. Invariants: a surrogate is known by the program that it runs; what was held for a moment runs on.
+
+use super::Mover;
+use super::records::{KeptSource, Left};
+use super::recover::parked;
+use crate::capture::CaptureError;
+use crate::capture::held::{Abandoned, fetch_from_refuge, stop_all};
+use crate::processes::HiddenKind;
+use crate::signals::orders::is_stopped;
+use dunlin_proto::ids::Pid;
+use dunlin_sys::procfs::ProcDir;
+use std::collections::BTreeSet;
+use std::io;
+
+impl Mover {
+    /// A record of before the freeze does not say which tasks the processes are.
+    pub(super) fn find_frozen(&self, source: &mut KeptSource) -> io::Result<()> {
+        for pid in parked(&source.record) {
+            if source.left.iter().any(|left| left.pid == pid) {
+                continue;
+            }
+            if let Some(host) = self.nest.host_pid(pid)? {
+                source.left.push(Left {
+                    pid,
+                    host,
+                    image: None,
+                    regions: Vec::new(),
+                    pending: Vec::new(),
+                    streams: Vec::new(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets all processes run on that the last daemon held for a moment, as for a move that was only prepared; but for
+    /// those that a record tells of. A keeper that was just made is found by its parent, who is told of.
+    pub(super) fn free_the_abandoned(&self, told_of: &BTreeSet<Pid>) {
+        let found = |pid: Pid, host: i32| match Abandoned::find(pid, host) {
+            Ok(found) => found,
+            Err(CaptureError::Gone) => None,
+            Err(error) => {
+                tracing::warn!(%pid, %error, "whether the last daemon held a process is not known");
+                None
+            }
+        };
+        for (host, pid) in self.neighbours() {
+            if self.hidden.kind(pid).is_some() {
+                continue;
+            }
+            match fetch_from_refuge(host) {
+                Ok(_) | Err(CaptureError::Gone) => {}
+                Err(error) => tracing::warn!(%pid, %error, "whether it spins for the last daemon is not known"),
+            }
+            if told_of.contains(&pid) {
+                continue;
+            }
+            let Some(abandoned) = found(pid, host) else { continue };
+            let parent = ProcDir::process(host).status().map_or(0, |status| status.ppid);
+            if found(Pid(0), parent).is_some_and(|parents| parents.arena() == abandoned.arena()) {
+                self.hidden.insert(pid, HiddenKind::Keeper);
+            } else if abandoned.is_blank() {
+                // It needs the nest's events, which nobody takes yet.
+                self.hidden.insert(pid, HiddenKind::Blank);
+                let mover = self.arc();
+                let work = move || mover.stand_for(pid, host, b"dunlin-relative");
+                if let Err(error) = std::thread::Builder::new().name("stand again".into()).spawn(work) {
+                    tracing::error!(%pid, %error, "what was to become a process waits where it is");
+                }
+            } else {
+                self.let_run_on(pid, host, None);
+            }
+        }
+    }
+
+    /// Turns what was to become a process, and will not, into a surrogate: where nobody needs one, it is ended later.
+    pub(super) fn stand_for(&self, pid: Pid, host: i32, comm: &[u8]) {
+        let home = self.modulus().home(pid) == Some(self.here);
+        let kind = if home {
+            HiddenKind::Departed
+        } else {
+            HiddenKind::Relative
+        };
+        self.hidden.insert(pid, HiddenKind::Blank);
+        let stop = || -> Result<(), CaptureError> {
+            for thread in stop_all(host)? {
+                // They end with the exec, which waits for those that are traced.
+                if thread.tid() != host {
+                    thread.detach(0)?;
+                }
+            }
+            Ok(())
+        };
+        let done = stop()
+            .map_err(io::Error::other)
+            .and_then(|()| self.entries.stand_again(pid, host, comm));
+        self.hidden.insert(pid, kind);
+        self.log("making a surrogate stand again", done);
+    }
+
+    /// The surrogates of the nest, by the program that they run.
+    pub(super) fn hide_surrogates(&self) {
+        for (host, pid) in self.neighbours() {
+            let runs = ProcDir::process(host).link("exe").unwrap_or_default();
+            if runs.to_string_lossy().starts_with("/memfd:surrogate") {
+                let home = self.modulus().home(pid) == Some(self.here);
+                let kind = if home {
+                    HiddenKind::Departed
+                } else {
+                    HiddenKind::Relative
+                };
+                self.hidden.insert(pid, kind);
+                self.hidden.is_stopped(pid, is_stopped(host) == Some(true));
+            }
+        }
+    }
+}
