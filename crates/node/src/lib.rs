@@ -5,6 +5,7 @@ pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod dirty;
+pub mod edge;
 pub mod entries;
 pub mod files;
 pub mod init;

@@ -6,6 +6,7 @@
 //! misread.
 
 pub mod control;
+pub mod endpoint;
 pub mod frame;
 pub mod ids;
 pub mod image;
