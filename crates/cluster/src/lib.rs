@@ -7,5 +7,6 @@
 
 pub mod allotment;
 pub mod page_map;
+pub mod ports;
 pub mod relocation;
 pub mod table;
