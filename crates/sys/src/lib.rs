@@ -23,6 +23,7 @@ pub mod refuge;
 pub mod script;
 pub mod seccomp;
 pub mod sigwait;
+pub mod socket;
 pub mod spawn;
 pub mod surrogate;
 pub mod tape;
