@@ -23,6 +23,8 @@ pub struct LabArgs {
 enum LabCommand {
     /// Make nodes n1..nN, joined by a link, and return when all are ready
     ///
+    /// Outside of the cluster there is a host `client`, on a link of its own to the gateway.
+    ///
     /// Each node is a network namespace with its own daemon, processes, IPC and clocks. Files are the machine's own,
     /// on every node at the same path.
     Up {
@@ -35,19 +37,22 @@ enum LabCommand {
         /// Give out no PID from this one on (for tests of the wrap-around)
         #[arg(long, value_name = "PID")]
         pid_limit: Option<i32>,
+        /// The node that lets programs reach the outside host, and be reached by it
+        #[arg(long, default_value = "n1", value_name = "NODE")]
+        gateway: String,
     },
     /// Kill everything in the lab and leave nothing of it; may be repeated
     Down,
     /// What every node is like
     Status {
-        /// As JSON: name, modulus, ready, nodes [{name, slot, address, outside_address, ready, problem, daemon_pid,
+        /// As JSON: name, modulus, ready, gateway, outside_address, outside_address6, inside_address, inside_address6, nodes [{name, slot, address, outside_address, ready, problem, daemon_pid,
         /// init_pid, processes, peers {node: seen}}]
         #[arg(long)]
         json: bool,
     },
-    /// Run a command in a node's network (and nothing else of the node)
+    /// Run a command in a node's network (and nothing else of the node), or on the host outside the cluster
     Exec {
-        /// The node
+        /// The node, or `client`
         #[arg(value_name = "NODE")]
         on: String,
         /// The command
@@ -67,6 +72,7 @@ pub fn main(args: LabArgs, whom: &Whom) -> Outcome {
             nodes,
             modulus,
             pid_limit,
+            gateway,
         } => {
             let program = std::env::current_exe()
                 .map_err(|e| Failed::new(exit::FAILED, format!("finding the dunlin binary: {e}")))?;
@@ -74,11 +80,18 @@ pub fn main(args: LabArgs, whom: &Whom) -> Outcome {
                 nodes,
                 modulus,
                 pid_limit,
+                gateway,
                 program,
             };
             let record = dunlin_lab::up::up(&layout, &options)?;
             let names: Vec<&str> = record.nodes.iter().map(|n| n.name.as_str()).collect();
             exit::say(&format!("lab {} is up: {}", layout.name, names.join(", ")));
+            exit::say(&format!(
+                "client reaches it at {} and {}, by {}",
+                layout.outside().0,
+                layout.outside().1,
+                record.gateway
+            ));
             Ok(0)
         }
         LabCommand::Down => {
@@ -114,7 +127,10 @@ fn exec(layout: &Layout, node: &str, command: &[OsString]) -> Outcome {
 
 fn table(status: &LabStatus) -> String {
     let dash = || "-".to_owned();
-    let mut text = format!("lab {}, modulus {}\n", status.name, status.modulus);
+    let mut text = format!(
+        "lab {}, modulus {}; client reaches it at {} by {}; inside address {}\n",
+        status.name, status.modulus, status.outside_address, status.gateway, status.inside_address
+    );
     writeln!(
         text,
         "{:<6} {:>4} {:<15} {:>8} {:>8} {:>5} STATE",

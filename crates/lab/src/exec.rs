@@ -1,9 +1,9 @@
-//! Running commands in a node's network namespace.
+//! Running commands in a node's network namespace, or in that of the outside host.
 //!
 //! Only the network differs: files, PIDs and terminals are the caller's own.
 
 use crate::error::LabError;
-use crate::layout::Layout;
+use crate::layout::{CLIENT, Layout};
 use crate::record::Record;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::ffi::OsString;
@@ -14,12 +14,14 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command};
 
-/// Becomes `command` in a node's network namespace; returns only if it could not.
+/// Becomes `command` in a node's network namespace (or that of the host that is outside the cluster, `client`); returns only if it could not.
 ///
 /// To be called while the process has one thread: it is this thread that changes its namespace.
 pub fn exec(layout: &Layout, node: &str, command: &[OsString]) -> Result<io::Error, LabError> {
     let record = Record::read(layout)?;
-    record.node(layout, node)?;
+    if node != CLIENT {
+        record.node(layout, node)?;
+    }
     enter(&layout.netns_path(node))?;
     let (program, arguments) = command
         .split_first()

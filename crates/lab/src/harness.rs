@@ -77,6 +77,7 @@ impl Lab {
         let nodes = options.nodes.to_string();
         let modulus = options.modulus.to_string();
         let mut arguments = vec!["lab", "up", "--nodes", &nodes, "--modulus", &modulus];
+        arguments.extend(["--gateway", &options.gateway]);
         let limit = options.pid_limit.map(|l| l.to_string());
         if let Some(limit) = &limit {
             arguments.extend(["--pid-limit", limit]);

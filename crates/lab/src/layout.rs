@@ -4,7 +4,7 @@
 
 use crate::error::LabError;
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -113,7 +113,7 @@ impl Layout {
     pub fn netns_node<'a>(&self, netns: &'a str) -> Option<&'a str> {
         let node = netns.strip_prefix("dunlin-")?.strip_prefix(self.name.as_str())?;
         let node = node.strip_prefix('-')?;
-        (node == LINK || is_node_name(node)).then_some(node)
+        (node == LINK || node == CLIENT || is_node_name(node)).then_some(node)
     }
 
     /// The lab's network: one of 16,384, by its name, so that the addresses of labs side by side tell them apart.
@@ -124,6 +124,30 @@ impl Layout {
         });
         let hash = hash ^ (hash >> 32);
         Ipv4Addr::new(10, 64 + (hash % 64) as u8, (hash >> 8) as u8, 0)
+    }
+
+    /// The addresses that all nests of the lab have.
+    pub fn inside(&self) -> (Ipv4Addr, Ipv6Addr) {
+        let [a, b, c, _] = self.subnet().octets();
+        (Ipv4Addr::new(a, b + 64, c, 1), self.six(0, 1))
+    }
+
+    /// The addresses that the outside host reaches the cluster by.
+    pub fn outside(&self) -> (Ipv4Addr, Ipv6Addr) {
+        let [a, b, c, _] = self.subnet().octets();
+        (Ipv4Addr::new(a, b + 128, c, 1), self.six(1, 1))
+    }
+
+    /// The outside host's own.
+    pub fn client(&self) -> (Ipv4Addr, Ipv6Addr) {
+        let [a, b, c, _] = self.subnet().octets();
+        (Ipv4Addr::new(a, b + 128, c, 2), self.six(1, 2))
+    }
+
+    fn six(&self, net: u16, host: u16) -> Ipv6Addr {
+        let [_, b, c, _] = self.subnet().octets();
+        let lab = u16::from_be_bytes([b, c]);
+        Ipv6Addr::new(0xfd64, 0x756e, 0x6c69, net, lab, 0, 0, host)
     }
 
     /// A node's address on the link.
@@ -151,6 +175,12 @@ impl Layout {
 
 /// In place of a node's name: the namespace that holds the bridge.
 pub const LINK: &str = "link";
+
+/// In place of a node's name: the namespace of the host that is outside the cluster.
+pub const CLIENT: &str = "client";
+
+/// The gateway's device to the outside host.
+pub const OUTSIDE_DEVICE: &str = "out0";
 
 /// The name of the node with this slot.
 pub fn node_name(slot: u16) -> String {
@@ -195,6 +225,10 @@ mod tests {
         assert_eq!(layout("lab").subnet(), layout("lab").subnet());
         assert_eq!(layout("lab").address(3).octets()[3], 3);
         assert!((64..128).contains(&layout("lab").subnet().octets()[1]));
+        let (lab, lab2) = (layout("lab"), layout("lab2"));
+        assert_ne!(lab.inside(), lab2.inside());
+        assert_eq!(lab.outside().0.octets()[..3], lab.client().0.octets()[..3]);
+        assert_ne!(lab.outside().1, lab.inside().1);
     }
 
     #[test]

@@ -1,10 +1,11 @@
-//! The network of a lab: one namespace a node, one for the bridge, a veth pair from each node to it.
+//! The network of a lab: one namespace a node, one for the bridge, a veth pair from each node to it; one for the host that
+//! is outside the cluster, and a pair from it to the gateway.
 //!
 //! Owns the namespaces and links, made with iproute2's `ip -batch` (docs/decisions/0002). The bridge has a namespace
 //! of its own, so the host sees no interface of a lab. Refuses to know daemons.
 
 use crate::error::LabError;
-use crate::layout::{LABS_DIR, LINK, Layout, NETNS_DIR};
+use crate::layout::{CLIENT, LABS_DIR, LINK, Layout, NETNS_DIR, OUTSIDE_DEVICE};
 use crate::lock;
 use crate::record::NodeRecord;
 use std::fmt::Write as _;
@@ -19,9 +20,12 @@ const MTU: u32 = 9000;
 /// Says that /run/netns became a mount because of us, and may stop being one.
 const MARKER: &str = "netns-mounted";
 
-/// Makes the namespaces and joins them.
-pub fn make(layout: &Layout, nodes: &[NodeRecord]) -> Result<(), LabError> {
-    let mut namespaces = format!("netns add {}\n", layout.netns(LINK));
+/// Of the link to the outside host: what the world has.
+const OUTSIDE_MTU: u32 = 1500;
+
+/// Makes the namespaces and joins them; the outside host has a link of its own to the gateway.
+pub fn make(layout: &Layout, nodes: &[NodeRecord], gateway: &str) -> Result<(), LabError> {
+    let mut namespaces = format!("netns add {}\nnetns add {}\n", layout.netns(LINK), layout.netns(CLIENT));
     let mut bridge = format!(
         "link set lo up\nlink add name br0 mtu {MTU} type bridge forward_delay 0 stp_state 0 mcast_snooping 0\n\
          link set br0 up\n"
@@ -49,7 +53,23 @@ pub fn make(layout: &Layout, nodes: &[NodeRecord]) -> Result<(), LabError> {
         );
         ip(Some(&layout.netns(&node.name)), &own)?;
     }
-    Ok(())
+    make_outside(layout, gateway)
+}
+
+fn make_outside(layout: &Layout, gateway: &str) -> Result<(), LabError> {
+    let (client, gateway) = (layout.netns(CLIENT), layout.netns(gateway));
+    let ((c4, c6), (o4, o6)) = (layout.client(), layout.outside());
+    let own = format!(
+        "link set lo up\n\
+         link add name eth0 mtu {OUTSIDE_MTU} type veth peer name {OUTSIDE_DEVICE} mtu {OUTSIDE_MTU} netns {gateway}\n\
+         addr add {c4}/24 brd + dev eth0\naddr add {c6}/64 dev eth0 nodad\nlink set eth0 up\n"
+    );
+    ip(Some(&client), &own)?;
+    let other = format!(
+        "addr add {o4}/24 brd + dev {OUTSIDE_DEVICE}\naddr add {o6}/64 dev {OUTSIDE_DEVICE} nodad\n\
+         link set {OUTSIDE_DEVICE} up\n"
+    );
+    ip(Some(&gateway), &other)
 }
 
 /// The files of the lab's namespaces that there are, made by whichever `up`.

@@ -16,6 +16,8 @@ pub struct Record {
     pub modulus: u16,
     /// Its nodes, by slot.
     pub nodes: Vec<NodeRecord>,
+    /// The node that is the gateway.
+    pub gateway: String,
 }
 
 /// A node as it was made.

@@ -6,7 +6,7 @@ use crate::layout::Layout;
 use crate::record::{NodeRecord, Record};
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 /// A lab.
@@ -18,6 +18,16 @@ pub struct LabStatus {
     pub modulus: u16,
     /// Every node answers and sees all its peers.
     pub ready: bool,
+    /// The node that the outside host is linked to.
+    pub gateway: String,
+    /// Where the outside host reaches programs of the cluster.
+    pub outside_address: Ipv4Addr,
+    /// The same of IPv6.
+    pub outside_address6: Ipv6Addr,
+    /// The address that programs have, on whichever node.
+    pub inside_address: Ipv4Addr,
+    /// The same of IPv6.
+    pub inside_address6: Ipv6Addr,
     /// By slot.
     pub nodes: Vec<NodeRow>,
 }
@@ -31,7 +41,7 @@ pub struct NodeRow {
     pub slot: u16,
     /// On the lab's link.
     pub address: Ipv4Addr,
-    /// Where programs behind it are reached from outside the lab; `null` without a gateway.
+    /// The address that programs of the cluster are reached by, where it is the gateway; else `null`.
     pub outside_address: Option<String>,
     /// It answers and sees all its peers.
     pub ready: bool,
@@ -50,11 +60,20 @@ pub struct NodeRow {
 /// Asks every node of a lab.
 pub fn status(layout: &Layout) -> Result<LabStatus, LabError> {
     let record = Record::read(layout)?;
-    let nodes: Vec<NodeRow> = record.nodes.iter().map(|node| row(layout, node)).collect();
+    let (outside, inside) = (layout.outside(), layout.inside());
+    let mut nodes: Vec<NodeRow> = record.nodes.iter().map(|node| row(layout, node)).collect();
+    if let Some(gateway) = nodes.iter_mut().find(|n| n.name == record.gateway) {
+        gateway.outside_address = Some(outside.0.to_string());
+    }
     Ok(LabStatus {
         name: layout.name.to_string(),
         modulus: record.modulus,
         ready: nodes.iter().all(|n| n.ready),
+        gateway: record.gateway,
+        outside_address: outside.0,
+        outside_address6: outside.1,
+        inside_address: inside.0,
+        inside_address6: inside.1,
         nodes,
     })
 }

@@ -4,7 +4,7 @@
 //! configuration means: it writes the keys that a lab differs in.
 
 use crate::error::LabError;
-use crate::layout::{Layout, MAX_NODES, node_name};
+use crate::layout::{Layout, MAX_NODES, OUTSIDE_DEVICE, node_name};
 use crate::processes::Identity;
 use crate::record::{NodeRecord, Record};
 use crate::{cgroup, control, down, exec, links, lock};
@@ -28,6 +28,8 @@ pub struct Options {
     pub modulus: u16,
     /// The first PID that is never given out; small values are for tests of the wrap-around.
     pub pid_limit: Option<i32>,
+    /// The node that the outside host is linked to.
+    pub gateway: String,
     /// The `dunlin` binary that the daemons run.
     pub program: PathBuf,
 }
@@ -39,6 +41,7 @@ impl Options {
             nodes: 3,
             modulus: 64,
             pid_limit: None,
+            gateway: node_name(1),
             program: program.into(),
         }
     }
@@ -55,6 +58,12 @@ impl Options {
             return Err(LabError::Options(format!(
                 "--nodes {} is not between 1 and {most}\nhint: nodes have slots from 1 to below the modulus ({})",
                 self.nodes, self.modulus
+            )));
+        }
+        if !(1..=self.nodes).any(|slot| node_name(slot) == self.gateway) {
+            return Err(LabError::Options(format!(
+                "--gateway {} is no node of this lab\nhint: its nodes are n1 to n{}",
+                self.gateway, self.nodes
             )));
         }
         if let Some(limit) = self.pid_limit
@@ -94,6 +103,7 @@ type Daemons = Vec<(String, Child)>;
 fn make(layout: &Layout, options: &Options) -> Result<Record, (LabError, Daemons)> {
     let mut record = Record {
         modulus: options.modulus,
+        gateway: options.gateway.clone(),
         nodes: (1..=options.nodes)
             .map(|slot| NodeRecord {
                 name: node_name(slot),
@@ -113,7 +123,7 @@ fn make(layout: &Layout, options: &Options) -> Result<Record, (LabError, Daemons
             fs::write(&path, config(layout, options, node)).map_err(LabError::io("write", &path))?;
             cgroup::make(&cgroup::of_daemon(&mount, layout.name.as_str(), &node.name))?;
         }
-        links::make(layout, &record.nodes)?;
+        links::make(layout, &record.nodes, &options.gateway)?;
         for node in &mut record.nodes {
             let group = cgroup::of_daemon(&mount, layout.name.as_str(), &node.name);
             let child = start(layout, &options.program, &node.name, &group)?;
@@ -177,6 +187,16 @@ pub fn config(layout: &Layout, options: &Options, node: &NodeRecord) -> String {
     );
     if let Some(limit) = options.pid_limit {
         writeln!(text, "pid_limit = {limit}").expect("strings grow");
+    }
+    let ((in4, in6), (out4, out6)) = (layout.inside(), layout.outside());
+    write!(
+        text,
+        "\n[network]\ninside = \"{in4}\"\ninside6 = \"{in6}\"\ngateway = \"{}\"\noutside = \"{out4}\"\noutside6 = \"{out6}\"\n",
+        options.gateway
+    )
+    .expect("strings grow");
+    if node.name == options.gateway {
+        writeln!(text, "outside_device = \"{OUTSIDE_DEVICE}\"").expect("strings grow");
     }
     for slot in (1..=options.nodes).filter(|slot| *slot != node.slot) {
         write!(

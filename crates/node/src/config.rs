@@ -1,8 +1,9 @@
 //! What a node is told before it starts: the file behind `dunlin node --config FILE`.
 
+use crate::edge::Slices;
 use dunlin_proto::ids::{Modulus, Slot};
 use serde::{Deserialize, Serialize};
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 /// One node's configuration (TOML).
@@ -37,6 +38,38 @@ pub struct NodeConfig {
     /// as machines booted at different times have.
     #[serde(default)]
     pub clock_offset_seconds: i64,
+    /// The network of the nests; without it they have a loopback device only.
+    #[serde(default)]
+    pub network: Option<NetworkConfig>,
+}
+
+/// The network that programs see: the same addresses in every nest (docs/decisions/0016).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkConfig {
+    /// The inside address: every nest's own, the same in all, and nobody's outside.
+    pub inside: Ipv4Addr,
+    /// The same of IPv6.
+    pub inside6: Ipv6Addr,
+    /// The ports from this one to 65535 are sliced among the nodes, by slot: a node gives out only those of its slice
+    /// to sockets that have none yet. The same on every node.
+    #[serde(default = "default_first_port")]
+    pub first_port: u16,
+    /// The name of the node that lets programs reach the world, and be reached.
+    #[serde(default)]
+    pub gateway: Option<String>,
+    /// The address that the world knows, which the gateway's device has beside its own ones; the same on every node.
+    #[serde(default)]
+    pub outside: Option<Ipv4Addr>,
+    /// The same of IPv6.
+    #[serde(default)]
+    pub outside6: Option<Ipv6Addr>,
+    /// On the gateway: its device to the world.
+    #[serde(default)]
+    pub outside_device: Option<String>,
+    /// The longest packet that goes to the world.
+    #[serde(default = "default_outside_mtu")]
+    pub outside_mtu: u32,
 }
 
 /// Another node.
@@ -72,6 +105,14 @@ pub enum ConfigError {
     },
 }
 
+fn default_first_port() -> u16 {
+    20000
+}
+
+fn default_outside_mtu() -> u32 {
+    1500
+}
+
 fn default_modulus() -> u16 {
     Modulus::default().0
 }
@@ -105,6 +146,9 @@ impl NodeConfig {
                 return Err(format!("{name} and {other} share a slot or a name"));
             }
         }
+        if let Some(network) = &config.network {
+            network.check(&config)?;
+        }
         Ok(config)
     }
 
@@ -124,6 +168,37 @@ impl NodeConfig {
     /// The slot behind a name.
     pub fn slot_of(&self, name: &str) -> Option<Slot> {
         self.nodes().find(|(_, n)| *n == name).map(|(s, _)| s)
+    }
+}
+
+impl NetworkConfig {
+    fn check(&self, config: &NodeConfig) -> Result<(), String> {
+        if Slices::new(self.first_port, config.modulus).is_none() {
+            return Err(format!(
+                "first_port = {} leaves no ports to give out to {} slots (it is at least 1024)",
+                self.first_port, config.modulus
+            ));
+        }
+        if let Some(gateway) = &self.gateway
+            && config.slot_of(gateway).is_none()
+        {
+            return Err(format!("gateway = {gateway:?} is no node of this configuration"));
+        }
+        let special = |a: &IpAddr| a.is_unspecified() || a.is_loopback() || a.is_multicast();
+        let outside = [self.outside.map(IpAddr::V4), self.outside6.map(IpAddr::V6)];
+        let mut addresses = vec![IpAddr::V4(self.inside), IpAddr::V6(self.inside6), config.listen.ip()];
+        addresses.extend(outside.into_iter().flatten());
+        for (i, address) in addresses.iter().enumerate() {
+            if special(address) && i != 2 {
+                return Err(format!("{address} cannot be an address of a nest or of the cluster"));
+            }
+            if addresses[..i].contains(address) {
+                return Err(format!(
+                    "{address} is given twice: the inside, the outside and the listening address differ"
+                ));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -162,6 +237,15 @@ mod tests {
         );
         let high = GOOD.replace("slot = 2", "slot = 64");
         assert!(NodeConfig::parse(&high).unwrap_err().contains("not below the modulus"));
+        let network = |rest: &str| NodeConfig::parse(&format!("{GOOD}\n[network]\n{rest}"));
+        let inside = "inside = \"10.9.9.9\"\ninside6 = \"fd00::9\"\n";
+        assert_eq!(network(inside).unwrap().network.unwrap().first_port, 20000);
+        let error = network(&format!("{inside}gateway = \"n7\"")).unwrap_err();
+        assert!(error.contains("n7"), "{error}");
+        let error = network(&format!("{inside}outside = \"10.9.9.9\"")).unwrap_err();
+        assert!(error.contains("given twice"), "{error}");
+        let error = network(&format!("{inside}first_port = 65530")).unwrap_err();
+        assert!(error.contains("first_port"), "{error}");
         let unknown = format!("colour = 1\n{GOOD}");
         assert!(NodeConfig::parse(&unknown).unwrap_err().contains("colour"));
     }

@@ -15,6 +15,7 @@ mod place;
 pub use node::Node;
 
 use crate::config::NodeConfig;
+use crate::edge::{Edge, EdgeError, announce};
 use crate::logs::Logs;
 use crate::mover::{Mover, Parts};
 use crate::nest::{Nest, NestError, NestEvent};
@@ -65,6 +66,9 @@ pub enum DaemonError {
     /// There is no nest.
     #[error(transparent)]
     Nest(#[from] NestError),
+    /// The nest has no network, and should have one. The nest stays.
+    #[error("{0}; hint: `dunlin doctor` tells what is missing")]
+    Edge(#[from] EdgeError),
     /// The nest, and every program in it, is gone.
     #[error("the nest has ended, and all programs in it; hint: see init.log in {state_dir}")]
     NestGone {
@@ -110,7 +114,8 @@ impl Daemon {
         let (nest, nest_events) = Nest::open(&config, exe)?;
         let nest_gone = eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| io_error("an eventfd")(e.into()))?;
         let nest_gone = Arc::new(nest_gone);
-        let node = assemble(config, nest, nest_events, nest_gone.clone()).map_err(io_error("the nest"))?;
+        let edge = Edge::open(&config, &nest)?;
+        let node = assemble(config, nest, edge, nest_events, nest_gone.clone()).map_err(io_error("the nest"))?;
         let acceptors = vec![
             Acceptor::peers(listener, node.clone()).map_err(io_error("serving peers"))?,
             Acceptor::control(place.control_socket()?, node.clone()).map_err(io_error("serving control.sock"))?,
@@ -143,6 +148,7 @@ impl Daemon {
 fn assemble(
     config: NodeConfig,
     nest: Nest,
+    edge: Edge,
     nest_events: Receiver<NestEvent>,
     nest_gone: Arc<OwnedFd>,
 ) -> io::Result<Arc<Node>> {
@@ -185,6 +191,7 @@ fn assemble(
         boot,
         proc: proc()?,
         nest,
+        edge,
         peers,
         hidden,
         residents,
@@ -197,6 +204,7 @@ fn assemble(
     let answer: Arc<dyn Answer> = Arc::new(inbound::NodeAnswer(Arc::downgrade(&node)));
     node.peers.set_own(answer);
     node.mover.recover()?;
+    announce::start(&node)?;
     let runs = node.runs.restore()?;
     let started = Workers::start(&node)?;
     if workers.set(started.clone()).is_err() {

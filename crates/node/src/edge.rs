@@ -15,14 +15,52 @@
 //! in which it came; a packet that has been handed over to a node where it is not wanted ends there, it does not go
 //! round for ever; nothing of the data path depends on a daemon that runs.
 
-use dunlin_proto::endpoint::Endpoint;
+pub mod announce;
+mod devices;
+mod holds;
+mod open;
+mod park;
+mod slices;
+
+pub use open::Shelf;
+pub use slices::Slices;
+
+use announce::News;
+use dunlin_proto::endpoint::{Endpoint, Family, Proto};
 use dunlin_proto::ids::{MoveId, Slot};
+use dunlin_sys::links::Device;
+use dunlin_sys::sockdiag::SockDiag;
+use dunlin_sys::steer::{self, Counters, Hop, Name, Tables};
+use park::Park;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// An entry of a connection whose ends have both said that they are done is kept so long: late packets still find their way.
+const CLOSED_FOR: Duration = Duration::from_secs(60);
 
 /// A node's edge. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct Edge(());
+#[derive(Clone)]
+pub struct Edge(Option<Arc<Inner>>);
+
+pub(crate) struct Inner {
+    own: Slot,
+    inside: Inside,
+    slices: Slices,
+    shelf: Box<dyn Shelf>,
+    /// The device on the link between the nodes.
+    link: Device,
+    tables: Tables,
+    /// Taken for every change of the tables, so that changes that depend on what was there do not meet.
+    park: Mutex<Park>,
+    /// Until when what is still on its way into the park is looked for, after a hold has ended.
+    strays: Mutex<Option<Instant>>,
+    strays_wanted: Condvar,
+    /// What the peers are to be told.
+    news: News,
+    diag: Mutex<SockDiag>,
+}
 
 /// The addresses that all nests of the cluster have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +77,8 @@ pub struct Inside {
 pub struct Hold {
     by: MoveId,
     endpoints: Vec<Endpoint>,
+    /// Of each, the epoch of what was said of it before.
+    epochs: Vec<u64>,
 }
 
 impl Hold {
@@ -90,114 +130,199 @@ pub struct Entry {
     /// How many bytes.
     pub bytes: u64,
     /// How long ago the last one was; `None`: there was none.
-    pub idle: Option<std::time::Duration>,
+    pub idle: Option<Duration>,
 }
 
 impl Edge {
     /// The edge of a nest without a network: there is nothing to steer.
     pub fn none() -> Edge {
-        Edge(())
+        Edge(None)
     }
 
     /// The addresses of the nest; `None` without a network.
     pub fn inside(&self) -> Option<Inside> {
-        None
+        self.0.as_ref().map(|inner| inner.inside)
     }
 
-    /// Source, before anything of these sockets is read: from now on their packets are kept, those of peers in the same nest
-    /// too. A packet that was on its way into the nest when this was called may still be delivered a moment later: read
-    /// until nothing changes. A held *port* does not hold connections that have entries of their own.
-    pub fn hold(&self, _by: MoveId, _endpoints: &[Endpoint]) -> Result<Hold, EdgeError> {
-        Err(EdgeError::NoNetwork)
+    /// Which node gives out which ports by itself.
+    pub fn slices(&self) -> Option<Slices> {
+        self.0.as_ref().map(|inner| inner.slices)
     }
 
-    /// Source, when a move was aborted and the sockets are as they were: what was kept is delivered here, in order, then
-    /// what comes. May be repeated after an error.
-    pub fn release(&self, _hold: &Hold) -> Result<(), EdgeError> {
-        Err(EdgeError::NoNetwork)
-    }
-
-    /// Source, when the sockets live on `to`: what was kept goes there, in order, then what comes, for as long as anybody
-    /// may not know it yet (a tombstone, of a minute at least). Peers are to be told after this has returned, or
-    /// what they send overtakes what was kept. May be repeated after an error.
-    pub fn hand_over(&self, _hold: &Hold, _to: Slot) -> Result<(), EdgeError> {
-        Err(EdgeError::NoNetwork)
-    }
-
-    /// What a former daemon of this node held and neither released nor handed over.
-    pub fn held(&self) -> Result<Vec<Hold>, EdgeError> {
-        Ok(Vec::new())
-    }
-
-    /// Destination, before the resume: these are here now, whatever was known of them.
-    pub fn arrive(&self, _endpoints: &[Endpoint]) -> Result<(), EdgeError> {
-        Err(EdgeError::NoNetwork)
+    /// Destination, before the resume: these are here now, whatever was known of them. Nobody else is told. After an abort,
+    /// [`Edge::forget`] takes it back.
+    pub fn arrive(&self, endpoints: &[Endpoint]) -> Result<(), EdgeError> {
+        let inner = self.inner()?;
+        let _turn = inner.turn();
+        for endpoint in endpoints {
+            let name = name(endpoint);
+            let epoch = inner.said(&name)?.map_or(0, |e| e.epoch);
+            inner.say(&name, inner.own, false, epoch)?;
+        }
+        Ok(())
     }
 
     /// A peer's word, or one's own: this endpoint is on that node. `false`: something newer (or as new) is known; an entry that is
     /// held is not changed either.
-    pub fn assign(&self, _endpoint: Endpoint, _to: Slot, _epoch: u64) -> Result<bool, EdgeError> {
-        Err(EdgeError::NoNetwork)
+    pub fn assign(&self, endpoint: Endpoint, to: Slot, epoch: u64) -> Result<bool, EdgeError> {
+        let inner = self.inner()?;
+        let _turn = inner.turn();
+        let name = name(&endpoint);
+        match inner.said(&name)? {
+            Some(entry) if entry.hold || entry.epoch >= epoch => Ok(false),
+            _ => inner.say(&name, to, false, epoch).map(|()| true),
+        }
     }
 
     /// The endpoint is closed: what else is known of its port holds from now on. `false`: there was no entry, or it is held.
-    pub fn forget(&self, _endpoint: Endpoint) -> Result<bool, EdgeError> {
-        Err(EdgeError::NoNetwork)
+    pub fn forget(&self, endpoint: Endpoint) -> Result<bool, EdgeError> {
+        let inner = self.inner()?;
+        let _turn = inner.turn();
+        let name = name(&endpoint);
+        if inner.said(&name)?.is_some_and(|entry| entry.hold) {
+            return Ok(false);
+        }
+        inner.tables.unlearn(&name).map_err(kernel("forgetting", &endpoint))?;
+        inner.tables.remove(&name).map_err(kernel("forgetting", &endpoint))
     }
 
     /// The whole table.
     pub fn entries(&self) -> Result<Vec<Entry>, EdgeError> {
-        Ok(Vec::new())
-    }
-}
-
-/// Which node gives out a port by itself (as the source of a connection, or to a socket bound to port 0): the slice with the
-/// number of its slot, of as many equal slices as the modulus says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Slices {
-    first: u16,
-    width: u16,
-    modulus: u16,
-}
-
-impl Slices {
-    /// Cuts the ports from `first` to 65535 for a cluster of this modulus; `None`: there are too few for it.
-    pub fn new(first: u16, modulus: u16) -> Option<Slices> {
-        let ports = u32::from(u16::MAX) - u32::from(first) + 1;
-        let width = u16::try_from(ports / u32::from(modulus.max(1))).ok()?;
-        (width > 0 && first >= 1024).then_some(Slices { first, width, modulus })
-    }
-
-    /// The first and last port of a node.
-    pub fn of(&self, slot: Slot) -> (u16, u16) {
-        let first = self.first + slot.0 * self.width;
-        (first, first + (self.width - 1))
-    }
-
-    /// The node whose slice a port is in.
-    pub fn node(&self, port: u16) -> Option<Slot> {
-        let slot = port.checked_sub(self.first)? / self.width;
-        (slot < self.modulus).then_some(Slot(slot))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_port_names_the_node_that_gives_it_out() {
-        let slices = Slices::new(20000, 64).unwrap();
-        for slot in [0, 1, 63] {
-            let (first, last) = slices.of(Slot(slot));
-            assert_eq!(last - first + 1, 711);
-            assert_eq!(slices.node(first), Some(Slot(slot)));
-            assert_eq!(slices.node(last), Some(Slot(slot)));
+        let Some(inner) = &self.0 else { return Ok(Vec::new()) };
+        let read = |learned| {
+            let entries = if learned {
+                inner.tables.learned()
+            } else {
+                inner.tables.entries()
+            };
+            entries.map_err(kernel("reading", &"the table"))
+        };
+        let now = monotonic();
+        let mut all = Vec::new();
+        for learned in [false, true] {
+            for (name, entry) in read(learned)? {
+                all.extend(endpoint(&name).map(|endpoint| Entry {
+                    endpoint,
+                    node: Slot(entry.hop),
+                    held: entry.hold,
+                    learned,
+                    epoch: entry.epoch,
+                    packets: entry.packets,
+                    bytes: entry.bytes,
+                    idle: (!entry.used.is_zero()).then(|| now.saturating_sub(entry.used)),
+                }));
+            }
         }
-        assert_eq!(slices.node(19999), None);
-        // What the division leaves over is nobody's.
-        assert_eq!(slices.node(65535), None);
-        assert_eq!(Slices::new(65000, 1024), None);
-        assert_eq!(Slices::new(1024, 1).unwrap().of(Slot(0)), (1024, 65535));
+        Ok(all)
+    }
+
+    /// What came to nothing, and why.
+    pub fn counters(&self) -> Result<Counters, EdgeError> {
+        let Some(inner) = &self.0 else {
+            return Ok(Counters::default());
+        };
+        inner.tables.counters().map_err(kernel("reading", &"the counters"))
+    }
+
+    /// This node's address on the link between the nodes: what peers are told.
+    pub fn station(&self) -> Option<[u8; 6]> {
+        self.0.as_ref().map(|inner| inner.link.mac)
+    }
+
+    /// A peer's address on the link, as it tells it.
+    pub fn neighbour(&self, slot: Slot, mac: [u8; 6]) -> Result<(), EdgeError> {
+        let inner = self.inner()?;
+        let hop = Hop::Neighbour {
+            mac,
+            own_mac: inner.link.mac,
+            device: inner.link.index,
+        };
+        inner.tables.set_hop(slot.0, &hop).map_err(kernel("reaching", &slot))
+    }
+
+    /// Forgets connections that have been closed for a while.
+    pub(crate) fn tidy(&self) -> Result<(), EdgeError> {
+        let Some(inner) = &self.0 else { return Ok(()) };
+        let now = monotonic();
+        let old =
+            |entry: &steer::Entry| entry.is_closed() && now.saturating_sub(entry.used) > CLOSED_FOR && !entry.hold;
+        let failed = || kernel("tidying", &"the table");
+        for (name, _) in inner.tables.learned().map_err(failed())?.iter().filter(|(_, e)| old(e)) {
+            inner.tables.unlearn(name).map_err(failed())?;
+        }
+        let _turn = inner.turn();
+        for (name, entry) in inner.tables.entries().map_err(failed())? {
+            if name.peer.is_some() && old(&entry) {
+                inner.tables.remove(&name).map_err(failed())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn inner(&self) -> Result<&Arc<Inner>, EdgeError> {
+        self.0.as_ref().ok_or(EdgeError::NoNetwork)
+    }
+}
+
+impl Inner {
+    fn turn(&self) -> MutexGuard<'_, Park> {
+        self.park.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn said(&self, name: &Name) -> Result<Option<steer::Entry>, EdgeError> {
+        self.tables
+            .get(name)
+            .map_err(kernel("reading the entry of", &shown(name)))
+    }
+
+    fn say(&self, name: &Name, at: Slot, hold: bool, epoch: u64) -> Result<(), EdgeError> {
+        let known = self.said(name)?.unwrap_or_default();
+        let entry = steer::Entry {
+            hop: at.0,
+            hold,
+            seen: 0,
+            epoch,
+            ..known
+        };
+        self.tables.set(name, &entry).map_err(kernel("steering", &shown(name)))
+    }
+}
+
+fn kernel<T: std::fmt::Display + ?Sized>(what: &str, object: &T) -> impl FnOnce(io::Error) -> EdgeError + use<T> {
+    let what = format!("{what} {object}");
+    move |source| EdgeError::Kernel { what, source }
+}
+
+fn name(endpoint: &Endpoint) -> Name {
+    Name {
+        proto: endpoint.proto.number(),
+        six: endpoint.family == Family::V6,
+        port: endpoint.port,
+        peer: endpoint.peer(),
+    }
+}
+
+/// `None` for what is no endpoint (an echo request's number).
+fn endpoint(name: &Name) -> Option<Endpoint> {
+    let proto = Proto::from_number(name.proto)?;
+    Some(match name.peer {
+        Some(peer) => Endpoint::flow(proto, name.port, peer),
+        None => Endpoint::port(proto, if name.six { Family::V6 } else { Family::V4 }, name.port),
+    })
+}
+
+fn shown(name: &Name) -> String {
+    endpoint(name).map_or_else(|| format!("{name:?}"), |e| e.to_string())
+}
+
+/// CLOCK_MONOTONIC, as the programs have it.
+fn monotonic() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+}
+
+impl std::fmt::Debug for Edge {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Edge").field(&self.inside()).finish()
     }
 }

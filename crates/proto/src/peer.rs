@@ -9,6 +9,7 @@
 //! users of its own control socket, and about nothing else.
 
 use crate::control::{ExitStatus, Failure, NodeStatus, ProcessRow};
+use crate::endpoint::Endpoint;
 use crate::ids::{ImageId, MoveId, Pid, RunId, Slot};
 use crate::stream::{StreamOpen, TtyState};
 use serde::{Deserialize, Serialize};
@@ -179,6 +180,32 @@ pub enum PeerRequest {
     Terminal {
         /// The run.
         run: RunId,
+    },
+    /// Where sockets are, and where the caller is on the link between the nodes (`Done`, `Failed`).
+    Sockets {
+        /// The caller's address there.
+        mac: [u8; 6],
+        /// In order.
+        news: Vec<SocketNews>,
+    },
+}
+
+/// Where a socket is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SocketNews {
+    /// There.
+    At {
+        /// What it is reached by.
+        endpoint: Endpoint,
+        /// On this node.
+        node: Slot,
+        /// Of two pieces of news, the one with the greater epoch holds.
+        epoch: u64,
+    },
+    /// Not on the calling node any more, and nowhere else.
+    Closed {
+        /// What it was reached by.
+        endpoint: Endpoint,
     },
 }
 

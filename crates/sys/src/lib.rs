@@ -5,10 +5,12 @@
 //! sound; a kernel answer is parsed, never asserted.
 
 pub mod addfd;
+pub mod bpf;
 pub mod fdpass;
 pub mod foothold;
 pub mod foreground;
 pub mod inspect;
+pub mod links;
 pub mod namespace;
 pub mod nudge;
 pub mod pagemap;
@@ -23,9 +25,12 @@ pub mod refuge;
 pub mod script;
 pub mod seccomp;
 pub mod sigwait;
+pub mod sockdiag;
 pub mod socket;
 pub mod spawn;
+pub mod steer;
 pub mod surrogate;
+pub mod tap;
 pub mod tape;
 pub mod termination;
 pub mod uffd;

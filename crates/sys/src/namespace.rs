@@ -3,7 +3,7 @@
 //! Owns the calls that change what the calling process sees of the machine. Refuses to know what a nest is.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 /// Which side of [`fork`] this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +44,28 @@ pub fn fork() -> io::Result<Fork> {
         0 => Ok(Fork::Child),
         pid => Ok(Fork::Parent(pid)),
     }
+}
+
+/// A new network namespace, with nobody in it; it lives as long as the descriptor, and what is in it.
+pub fn new_network() -> io::Result<OwnedFd> {
+    // On a thread of its own, which ends: the caller stays where it is.
+    let made = std::thread::spawn(|| {
+        unshare(libc::CLONE_NEWNET)?;
+        std::fs::File::open("/proc/thread-self/ns/net").map(OwnedFd::from)
+    });
+    made.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Does something in a network namespace, on a thread of its own.
+pub fn in_network<T: Send>(namespace: BorrowedFd<'_>, act: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            let kind = rustix::thread::LinkNameSpaceType::Network;
+            rustix::thread::move_into_link_name_space(namespace, Some(kind))?;
+            act()
+        });
+        worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// Brings the loopback device of the caller's network namespace up.

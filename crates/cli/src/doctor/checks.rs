@@ -1,5 +1,7 @@
 //! The list of checks, in the order in which a person would mend what is wrong.
 
+mod network;
+
 use super::{Row, Status};
 use dunlin_lab::cgroup;
 use dunlin_node::config::NodeConfig;
@@ -69,6 +71,7 @@ pub fn all(config: Option<&Path>) -> Vec<Row> {
     rows.extend(namespaces());
     rows.extend(tracing());
     rows.extend(surroundings());
+    rows.extend(network::all());
     rows.extend(config.map(configuration));
     rows
 }
@@ -513,8 +516,8 @@ fn surroundings() -> Vec<Row> {
     );
     let ip = useful(
         "ip command",
-        "`dunlin lab` joins its nodes with it",
-        "no lab on this machine",
+        "`dunlin lab` joins its nodes with it, and a daemon its nest to the machine",
+        "no lab on this machine, and nests without a network",
         "install iproute2",
     );
     vec![

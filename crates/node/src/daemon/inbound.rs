@@ -7,6 +7,7 @@
 use super::Node;
 use super::node::{failure, nest_failure};
 use crate::control;
+use crate::edge::announce;
 use crate::peers::Answer;
 use crate::signals::{self, Sent};
 use dunlin_proto::control::{FailureKind, Request};
@@ -96,6 +97,10 @@ fn answer(node: &Arc<Node>, from: Slot, request: PeerRequest) -> PeerReply {
         },
         PeerRequest::Ahead { by, pid } => node.mover.ahead_here(by, pid),
         PeerRequest::Recall { by, pid, ranges } => node.mover.recall_here(by, pid, ranges),
+        PeerRequest::Sockets { mac, news } => match announce::take(&node.edge, from, mac, news) {
+            Ok(()) => PeerReply::Done,
+            Err(e) => PeerReply::Failed(failure(FailureKind::Other, e.to_string(), None)),
+        },
         PeerRequest::Clocks => PeerReply::Clocks(crate::mover::raw_clocks()),
     }
 }

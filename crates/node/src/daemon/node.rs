@@ -4,6 +4,7 @@
 //! is not hidden; else its home knows, and nobody else is asked.
 
 use crate::config::NodeConfig;
+use crate::edge::Edge;
 use crate::logs::Logs;
 use crate::mover::Mover;
 use crate::nest::Nest;
@@ -42,6 +43,8 @@ pub struct Node {
     pub nest: Nest,
     /// Its `/proc`.
     pub proc: NestProc,
+    /// How packets get into the nest and out of it.
+    pub edge: Edge,
     /// The other nodes.
     pub peers: Arc<Peers>,
     /// What in the nest is no program.

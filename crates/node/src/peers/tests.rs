@@ -23,6 +23,7 @@ fn config(slot: u16, listen: SocketAddr, peers: &[(u16, SocketAddr)]) -> NodeCon
         shared: vec![],
         pid_limit: None,
         clock_offset_seconds: 0,
+        network: None,
     }
 }
 

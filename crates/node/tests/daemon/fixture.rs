@@ -49,6 +49,7 @@ pub fn nodes<const N: usize>() -> [Node; N] {
             shared: vec![PathBuf::from("/")],
             pid_limit: None,
             clock_offset_seconds: 0,
+            network: None,
         };
         std::fs::create_dir_all(&config.state_dir).unwrap();
         let mut node = Node { config, daemon: None };

@@ -68,6 +68,7 @@ impl Rig {
                 shared: vec!["/".into()],
                 pid_limit: None,
                 clock_offset_seconds: 1000 * i as i64,
+                network: None,
             };
             Node::start(config, listener)
         });
