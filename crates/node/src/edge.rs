@@ -156,8 +156,8 @@ impl Edge {
         let _turn = inner.turn();
         for endpoint in endpoints {
             let name = name(endpoint);
-            let epoch = inner.said(&name)?.map_or(0, |e| e.epoch);
-            inner.say(&name, inner.own, false, epoch)?;
+            let said = inner.said(&name)?;
+            inner.say(&name, said, inner.own, false, said.map_or(0, |e| e.epoch))?;
         }
         Ok(())
     }
@@ -170,7 +170,7 @@ impl Edge {
         let name = name(&endpoint);
         match inner.said(&name)? {
             Some(entry) if entry.hold || entry.epoch >= epoch => Ok(false),
-            _ => inner.say(&name, to, false, epoch).map(|()| true),
+            said => inner.say(&name, said, to, false, epoch).map(|()| true),
         }
     }
 
@@ -275,16 +275,21 @@ impl Inner {
             .map_err(kernel("reading the entry of", &shown(name)))
     }
 
-    fn say(&self, name: &Name, at: Slot, hold: bool, epoch: u64) -> Result<(), EdgeError> {
-        let known = self.said(name)?.unwrap_or_default();
-        let entry = steer::Entry {
-            hop: at.0,
-            hold,
-            seen: 0,
-            epoch,
-            ..known
-        };
+    /// Says of an endpoint of which this was said before that it is there now.
+    fn say(&self, name: &Name, said: Option<steer::Entry>, at: Slot, hold: bool, epoch: u64) -> Result<(), EdgeError> {
+        let entry = entry(said, at, hold, epoch);
         self.tables.set(name, &entry).map_err(kernel("steering", &shown(name)))
+    }
+}
+
+/// An entry that goes on counting.
+fn entry(said: Option<steer::Entry>, at: Slot, hold: bool, epoch: u64) -> steer::Entry {
+    steer::Entry {
+        hop: at.0,
+        hold,
+        seen: 0,
+        epoch,
+        ..said.unwrap_or_default()
     }
 }
 

@@ -96,19 +96,23 @@ INLINE void take(struct found *f, struct entry *e, enum via via)
   f->via = via;
 }
 
-/* Who has this end? `opening`: a connection that begins is nothing that was learned before. */
+/* Who has this end? `opening`: a connection that begins is nothing that was learned before. Of datagrams only what has no
+ * port was learned: there the port comes first. */
 INLINE void find(const struct config *c, const struct flow_key *k, int opening, struct found *f)
 {
   struct entry *e;
+  int connections = k->proto == IPPROTO_TCP;
   f->entry = 0;
   f->action = FORWARD;
-  if (!opening && (e = map_lookup(&learned, k)))
+  if (connections && !opening && (e = map_lookup(&learned, k)))
     return take(f, e, LEARNED);
-  if ((e = map_lookup(&flows, k)))
+  if (c->flows && (e = map_lookup(&flows, k)))
     return take(f, e, FLOW);
   struct port_key port = {k->proto, k->family, k->port};
   if ((e = map_lookup(&ports, &port)))
     return take(f, e, PORT);
+  if (!connections && (e = map_lookup(&learned, k)))
+    return take(f, e, LEARNED);
   f->hop = slice_of(c, k->port);
   f->via = SLICE;
   if (f->hop == NOWHERE || k->proto == IPPROTO_ICMP || k->proto == ICMP6) {
@@ -165,7 +169,10 @@ INLINE int send_to(struct __sk_buff *skb, const struct config *c, __u16 number)
     if (set_tunnel_key(skb, &tunnel, sizeof tunnel, BPF_F_ZERO_CSUM_TX))
       return drop(ODD);
   }
-  if (skb_store(skb, 0, hop->to_mac, 12, 0)) /* both addresses: they lie side by side */
+  void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+  if (data + 12 <= end)
+    __builtin_memcpy(data, hop->to_mac, 12); /* both addresses: they lie side by side */
+  else if (skb_store(skb, 0, hop->to_mac, 12, 0))
     return drop(ODD);
   return redirect(hop->ifindex, 0);
 }

@@ -24,7 +24,7 @@ struct config {
   __u16 slice_first;   /* ports are sliced from this one on */
   __u16 slice_width;   /* 0: they are not */
   __u16 slices;
-  __u16 pad;
+  __u16 flows;         /* 0: a daemon has placed no connection, the table need not be asked */
 };
 
 /* How to reach a node; by number. */

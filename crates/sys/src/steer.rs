@@ -8,13 +8,17 @@ use crate::bpf::Map;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Raised by every change of the tables' forms, or of what a program makes of them: what an older build left running is
 /// not taken up, but replaced.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/steer.bpf.o"));
+
+/// Of the one element of its table.
+const CONFIG_KEY: [u8; 4] = [0; 4];
 
 /// No hop.
 pub const NOWHERE: u16 = 0xffff;
@@ -97,6 +101,8 @@ pub struct Tables {
     ports: Map,
     fragments: Map,
     counters: Map,
+    /// The programs have been told that there are flows; before, they do not ask for them.
+    flows_told: AtomicBool,
 }
 
 /// Loads the programs, with empty tables of their own.
@@ -284,6 +290,7 @@ impl Tables {
             ports,
             fragments,
             counters,
+            flows_told: AtomicBool::new(false),
         })
     }
 
@@ -309,10 +316,25 @@ impl Tables {
             config.slice_first,
             config.slice_width,
             config.slices,
-            0,
         ];
         value.extend(numbers.iter().flat_map(|n| n.to_ne_bytes()));
-        self.config.set(&0u32.to_ne_bytes(), &value)
+        let flows = !self.flows.keys()?.is_empty();
+        value.extend(u16::from(flows).to_ne_bytes());
+        self.config.set(&CONFIG_KEY, &value)?;
+        self.flows_told.store(flows, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Has the programs ask for flows from now on.
+    fn tell_flows(&self) -> io::Result<()> {
+        if !self.flows_told.load(Ordering::Relaxed) {
+            let mut value = self.config.get(&CONFIG_KEY)?.ok_or(io::ErrorKind::NotFound)?;
+            let at = value.len() - 2;
+            value[at..].copy_from_slice(&1u16.to_ne_bytes());
+            self.config.set(&CONFIG_KEY, &value)?;
+            self.flows_told.store(true, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// Says how a hop is reached, and whose packets are believed to be its.
@@ -341,8 +363,17 @@ impl Tables {
     /// Says it. Of a connection, what was learned is forgotten.
     pub fn set(&self, name: &Name, entry: &Entry) -> io::Result<()> {
         let (table, key) = self.placed(name);
+        if name.peer.is_some() {
+            self.tell_flows()?;
+        }
         table.set(&key, &entry.bytes())?;
         self.unlearn(name)
+    }
+
+    /// The same of a connection that something is said of already: nothing of it can have been learned.
+    pub fn change(&self, name: &Name, entry: &Entry) -> io::Result<()> {
+        let (table, key) = self.placed(name);
+        table.set(&key, &entry.bytes())
     }
 
     /// Says nothing of it any more. `false`: nothing was said.

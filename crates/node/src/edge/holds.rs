@@ -7,9 +7,10 @@
 //! program on the park's device looks at the node and not at the hold); the table holds no longer, and what came in between
 //! is let go. So nothing overtakes what waits, but for what arrives in the moment of the last step.
 
-use super::{Edge, EdgeError, Hold, Inner, kernel, name};
+use super::{Edge, EdgeError, Hold, Inner, entry, kernel, name};
 use dunlin_proto::endpoint::Endpoint;
 use dunlin_proto::ids::{MoveId, Slot};
+use dunlin_sys::steer::Name;
 use rustix::event::{PollFd, PollFlags, poll};
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -26,19 +27,20 @@ impl Edge {
     pub fn hold(&self, by: MoveId, endpoints: &[Endpoint]) -> Result<Hold, EdgeError> {
         let inner = self.inner()?;
         let mut park = inner.turn();
-        let mut epochs = Vec::with_capacity(endpoints.len());
-        for endpoint in endpoints {
-            epochs.push(inner.said(&name(endpoint))?.map_or(0, |e| e.epoch));
-        }
+        let names: Vec<Name> = endpoints.iter().map(name).collect();
+        let said = names
+            .iter()
+            .map(|name| inner.said(name))
+            .collect::<Result<Vec<_>, _>>()?;
         let hold = Hold {
             by,
             endpoints: endpoints.to_vec(),
-            epochs,
+            epochs: said.iter().map(|said| said.map_or(0, |e| e.epoch)).collect(),
         };
         inner.record(&hold)?;
-        park.hold(by, endpoints.iter().map(name));
-        for (endpoint, epoch) in endpoints.iter().zip(&hold.epochs) {
-            inner.say(&name(endpoint), inner.own, true, *epoch)?;
+        park.hold(by, names.iter().copied());
+        for ((name, said), epoch) in names.iter().zip(said).zip(&hold.epochs) {
+            inner.say(name, said, inner.own, true, *epoch)?;
         }
         Ok(hold)
     }
@@ -99,12 +101,16 @@ impl Inner {
     fn end(&self, hold: &Hold, at: Slot, epochs: &[u64]) -> Result<(), EdgeError> {
         let mut park = self.turn();
         let failed = || kernel("letting go what was held for move", &hold.by);
+        let mut entries = Vec::with_capacity(epochs.len());
         for (endpoint, epoch) in hold.endpoints.iter().zip(epochs) {
-            self.say(&name(endpoint), at, true, *epoch)?;
+            let name = name(endpoint);
+            let said = self.said(&name)?;
+            self.say(&name, said, at, true, *epoch)?;
+            entries.push((name, entry(said, at, false, *epoch)));
         }
         park.flush(hold.by).map_err(failed())?;
-        for (endpoint, epoch) in hold.endpoints.iter().zip(epochs) {
-            self.say(&name(endpoint), at, false, *epoch)?;
+        for (name, entry) in &entries {
+            self.tables.change(name, entry).map_err(failed())?;
         }
         park.flush(hold.by).map_err(failed())?;
         park.end(hold.by);
