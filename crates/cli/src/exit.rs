@@ -148,6 +148,11 @@ pub fn print_json(data: &impl serde::Serialize) -> Outcome {
     print(&(text + "\n"))
 }
 
+/// Data as one line of JSON.
+pub fn json_line(data: &impl serde::Serialize) -> String {
+    serde_json::to_string(data).expect("our own types have string keys and finite depth") + "\n"
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

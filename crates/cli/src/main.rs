@@ -7,6 +7,7 @@
 mod connect;
 mod doctor;
 mod exit;
+mod gateway;
 mod lab;
 mod moving;
 mod output;
@@ -16,6 +17,7 @@ mod relay;
 mod roles;
 mod run;
 mod signals;
+mod table;
 mod terminal;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -102,6 +104,16 @@ enum Command {
         /// Go on until it ends
         #[arg(short, long)]
         follow: bool,
+    },
+    /// Show which node has which socket: the table by which the gateway steers what comes from outside
+    Gateway {
+        /// As JSON: {gateway, outside [address], entries [{proto, ip, port, peer, node, action, learned, epoch, packets,
+        /// bytes, idle_ms}]}; with --watch a line {change, entry} each
+        #[arg(long)]
+        json: bool,
+        /// Go on and show each change: + added, ~ changed, - removed
+        #[arg(long)]
+        watch: bool,
     },
     /// Can this machine be a node? Tries every kernel interface that dunlin stands on
     Doctor(doctor::DoctorArgs),
@@ -198,6 +210,7 @@ fn dispatch(cli: Cli) -> exit::Outcome {
     match cli.command {
         Command::Run(args) => run::run(args, whom),
         Command::Ps { json } => processes::ps(json, whom),
+        Command::Gateway { json, watch } => gateway::gateway(json, watch, whom),
         Command::Move(args) => moving::main(args, whom),
         Command::CanMove { pid, to, json } => moving::can_move(pid, to, json, whom),
         Command::Kill { signal, pid } => processes::kill(pid, signal, whom),

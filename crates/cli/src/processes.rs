@@ -1,7 +1,7 @@
 //! `dunlin ps` and `kill`.
 
 use crate::exit::{self, Outcome};
-use crate::{Whom, terminal};
+use crate::{Whom, table, terminal};
 use dunlin_proto::control::{ProcessRow, Reply, Request};
 use dunlin_proto::ids::Pid;
 use serde::Serialize;
@@ -86,27 +86,7 @@ const RIGHT: [bool; 11] = [true, true, false, false, false, true, true, false, t
 
 /// The table, each line cut to the width if there is one.
 fn table(rows: &[ProcessRow], width: Option<usize>) -> String {
-    let mut lines = vec![HEADINGS.map(str::to_owned)];
-    lines.extend(rows.iter().map(cells));
-    let mut widths = [0; 11];
-    for line in &lines {
-        for (width, cell) in widths.iter_mut().zip(line) {
-            *width = (*width).max(cell.chars().count());
-        }
-    }
-    let mut text = String::new();
-    for line in &lines {
-        let mut out = String::new();
-        for ((cell, width), right) in line.iter().zip(widths).zip(RIGHT) {
-            let padding = " ".repeat(width - cell.chars().count());
-            let (before, after) = if right { (&*padding, "") } else { ("", &*padding) };
-            out.extend([before, cell, after, " "]);
-        }
-        let out = out.trim_end();
-        text.extend(out.chars().take(width.unwrap_or(usize::MAX)));
-        text.push('\n');
-    }
-    text
+    table::aligned(HEADINGS, rows.iter().map(cells), RIGHT, width)
 }
 
 fn cells(row: &ProcessRow) -> [String; 11] {

@@ -5,6 +5,7 @@
 //! part that does it, on the node where the process is. Invariant: every connection gets a last reply, whatever fails.
 
 mod commands;
+pub mod gateway;
 mod run;
 
 pub use commands::{forwarded, wait_here};

@@ -20,6 +20,7 @@ use crate::logs::Logs;
 use crate::mover::{Mover, Parts};
 use crate::nest::{Nest, NestError, NestEvent};
 use crate::peers::{Answer, Peers};
+use crate::ports::{self, Ports};
 use crate::processes::exits::Exits;
 use crate::processes::{Hidden, NestProc, Residents};
 use crate::runs::{Keeper, Runs};
@@ -184,7 +185,9 @@ fn assemble(
             peers: peers.clone(),
         }),
     })?;
+    let ports = Ports::start(peers.clone(), edge.clone(), ports::arbiter_of(&config))?;
     let node = Arc::new(Node {
+        ports,
         config,
         slot,
         modulus,

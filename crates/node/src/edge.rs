@@ -159,6 +159,7 @@ impl Edge {
             let said = inner.said(&name)?;
             inner.say(&name, said, inner.own, false, said.map_or(0, |e| e.epoch))?;
         }
+        inner.news.arriving(endpoints);
         Ok(())
     }
 
@@ -182,6 +183,7 @@ impl Edge {
         if inner.said(&name)?.is_some_and(|entry| entry.hold) {
             return Ok(false);
         }
+        inner.news.arrived(&endpoint);
         inner.tables.unlearn(&name).map_err(kernel("forgetting", &endpoint))?;
         inner.tables.remove(&name).map_err(kernel("forgetting", &endpoint))
     }

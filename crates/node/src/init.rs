@@ -160,17 +160,18 @@ fn pid_1(blueprint: &Blueprint, socket: OwnedFd) -> Result<serve::Server, StepEr
     let nudge = move || nudger::run(&nudges, &for_nudger);
     step("starting a thread", thread("dunlin-nudge", nudge))?;
 
+    // Listening, not binding, records PID 1 as the peer of whoever connects. Before the filter, which has it notified.
+    step("listening", rustix::net::listen(&socket, 8))?;
     let filter = Filter {
         cookie,
         last_own_pid: LAST_OWN_PID as u32,
         modulus: u32::from(modulus.0),
         residue: u32::from(slot.0),
+        ports: blueprint.network,
     };
     let listener = step("installing the seccomp filter", filter.install())?;
     let copy = step("copying the listener", listener.as_fd().try_clone_to_owned())?;
     step("handing the listener over", hand_over.send(Listener::from(copy)))?;
-    // Listening, not binding, records PID 1 as the peer of whoever connects.
-    step("listening", rustix::net::listen(&socket, 8))?;
     Ok(serve::Server {
         cookie,
         residue: (modulus.0, slot.0),

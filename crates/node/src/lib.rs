@@ -17,6 +17,7 @@ pub mod obstacle;
 pub mod page_server;
 pub mod pager;
 pub mod peers;
+pub mod ports;
 pub mod processes;
 pub mod restore;
 pub mod runs;

@@ -65,6 +65,14 @@ impl NestProc {
         }))
     }
 
+    /// May a thread bind ports below 1024?
+    pub fn may_bind_low_ports(&self, tid: Pid) -> io::Result<bool> {
+        const CAP_NET_BIND_SERVICE: u64 = 1 << 10;
+        Ok(self
+            .status(tid)?
+            .is_some_and(|s| s.effective_capabilities & CAP_NET_BIND_SERVICE != 0))
+    }
+
     /// The process that a thread is of.
     pub fn process_of(&self, tid: Pid) -> io::Result<Option<Pid>> {
         Ok(self.status(tid)?.map(|s| s.tgid))

@@ -48,6 +48,8 @@ pub enum Request {
     },
     /// Is this node ready, and whom does it see (`Status`)?
     Status,
+    /// The gateway's table (`Gateway`).
+    Gateway,
 }
 
 /// A program to be started.
@@ -189,6 +191,15 @@ pub enum Reply {
     Refused(Vec<Obstacle>),
     /// The node's state.
     Status(NodeStatus),
+    /// The gateway's table.
+    Gateway {
+        /// The node that has the role, by name.
+        node: String,
+        /// Its outside addresses.
+        outside: Vec<String>,
+        /// One row an entry.
+        rows: Vec<GatewayRow>,
+    },
     /// Nothing more to say.
     Done,
     /// It could not be done.
@@ -206,6 +217,7 @@ impl Reply {
             | Reply::Verdict(_)
             | Reply::Refused(_)
             | Reply::Status(_)
+            | Reply::Gateway { .. }
             | Reply::Done
             | Reply::Error(_) => true,
         }
@@ -259,6 +271,33 @@ pub struct Obstacle {
     pub why: String,
     /// What to do about it.
     pub hint: String,
+}
+
+/// One entry of the gateway's table.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GatewayRow {
+    /// `tcp` or `udp`.
+    pub proto: String,
+    /// 4 or 6: the version of IP.
+    pub ip: u8,
+    /// The port, of the outside address as of the inside one.
+    pub port: u16,
+    /// Whom the connection is with; `None`: everybody may send to the port.
+    pub peer: Option<String>,
+    /// The name of the node that has the socket.
+    pub node: String,
+    /// Its packets are held until a move is over.
+    pub held: bool,
+    /// The gateway made it itself when it saw the first packet.
+    pub learned: bool,
+    /// Of two pieces of news about it, the one with the greater epoch held.
+    pub epoch: u64,
+    /// Packets it has steered.
+    pub packets: u64,
+    /// Bytes it has steered.
+    pub bytes: u64,
+    /// Since the last of them, milliseconds.
+    pub idle_ms: Option<u64>,
 }
 
 /// One process of the cluster.

@@ -188,6 +188,20 @@ pub enum PeerRequest {
         /// In order.
         news: Vec<SocketNews>,
     },
+    /// To the arbiter of ports: a program of the calling node is about to take these (`Done`, `PortTaken`, `NotYet`).
+    ClaimPorts {
+        /// One, or that of both families.
+        ports: Vec<Endpoint>,
+    },
+    /// To the arbiter of ports: what the nest of the calling node has bound (`Done`).
+    PortsBound {
+        /// The ports.
+        bound: Vec<Endpoint>,
+        /// How long ago that was seen.
+        age_ms: u32,
+    },
+    /// To any node: what its nest has bound (`Bound`).
+    WhichPorts,
 }
 
 /// Where a socket is.
@@ -250,6 +264,10 @@ pub enum PeerReply {
     Clocks([i64; 2]),
     /// To `Terminal`.
     Tty(TtyState),
+    /// To `ClaimPorts`: another node has one of them.
+    PortTaken(Slot),
+    /// To `WhichPorts`.
+    Bound(Vec<Endpoint>),
     /// It could not be done.
     Failed(Failure),
 }

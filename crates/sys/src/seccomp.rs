@@ -56,6 +56,10 @@ const PID_CALLS: [(i64, u32); 6] = [
     (libc::SYS_pidfd_open, 434),
 ];
 
+/// The calls that take a port, or open one. A 32-bit program's are not notified: where it may matter, the sockets themselves
+/// are looked at, too.
+const PORT_CALLS: [i64; 2] = [libc::SYS_bind, libc::SYS_listen];
+
 /// The kernel makes a ring's worker threads itself, without a call that could be notified, so their numbers would be
 /// anybody's. Refused as `kernel.io_uring_disabled` refuses it. The number is the same through both entries.
 const IO_URING_SETUP: u32 = libc::SYS_io_uring_setup as u32;
@@ -71,6 +75,8 @@ pub struct Filter {
     pub modulus: u32,
     /// PIDs of this residue are let through.
     pub residue: u32,
+    /// bind(2) and listen(2) are notified: ports are the cluster's, not the node's.
+    pub ports: bool,
 }
 
 /// Is this the number (as the entry `arch` counts) of a call that makes a task?
@@ -104,10 +110,13 @@ impl Filter {
         p.place(Label::Wide);
         p.load(NR);
         for (nr, _) in CLONES {
-            p.jump_if(JUMP_EQ, nr as u32, Label::Clone);
+            p.jump_if(JUMP_EQ, nr as u32, Label::Unmarked);
         }
         for (nr, _) in PID_CALLS {
             p.jump_if(JUMP_EQ, nr as u32, Label::PidCall);
+        }
+        for nr in PORT_CALLS.iter().filter(|_| self.ports) {
+            p.jump_if(JUMP_EQ, *nr as u32, Label::Unmarked);
         }
         p.jump_if(JUMP_EQ, IO_URING_SETUP, Label::Refused);
         // A tracer makes the kernel skip a call by number -1; its return value must stay the tracer's.
@@ -119,7 +128,7 @@ impl Filter {
         p.place(Label::NoSuchCall);
         p.ret(RET_ENOSYS);
 
-        p.place(Label::Clone);
+        p.place(Label::Unmarked);
         self.test_cookie(&mut p, Label::Notify);
         p.place(Label::PidCall);
         self.test_cookie(&mut p, Label::Pid);
@@ -324,7 +333,7 @@ enum Label {
     Narrow,
     Allow,
     NoSuchCall,
-    Clone,
+    Unmarked,
     PidCall,
     Pid,
     AllowPid,

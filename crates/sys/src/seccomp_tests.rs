@@ -5,11 +5,16 @@ const FILTER: Filter = Filter {
     last_own_pid: 100,
     modulus: 64,
     residue: 3,
+    ports: true,
 };
 
 /// Interprets the program as the kernel does; also tells whether anything but number and architecture was looked at.
 fn run(arch: u32, nr: u32, args: [u64; 6]) -> (u32, bool) {
-    let program = FILTER.program();
+    run_of(FILTER, arch, nr, args)
+}
+
+fn run_of(filter: Filter, arch: u32, nr: u32, args: [u64; 6]) -> (u32, bool) {
+    let program = filter.program();
     let mut data = [0u32; 16];
     data[0] = nr;
     data[1] = arch;
@@ -53,6 +58,16 @@ fn clones_are_notified_unless_they_carry_the_cookie() {
         assert_eq!(wide(nr, 0, FILTER.cookie ^ 1), RET_NOTIFY);
         assert_eq!(wide(nr, 0, FILTER.cookie ^ (1 << 40)), RET_NOTIFY);
         assert_eq!(run(ARCH_I386, narrow, [0; 6]).0, RET_NOTIFY);
+    }
+}
+
+#[test]
+fn ports_are_notified_where_they_are_the_clusters() {
+    let own = Filter { ports: false, ..FILTER };
+    for nr in PORT_CALLS {
+        assert_eq!(wide(nr, 3, 0), RET_NOTIFY);
+        assert_eq!(wide(nr, 3, FILTER.cookie), RET_ALLOW);
+        assert_eq!(run_of(own, ARCH_X86_64, nr as u32, [0; 6]), (RET_ALLOW, false));
     }
 }
 

@@ -41,7 +41,13 @@ impl Obedient {
     /// Starts one on n1.
     #[track_caller]
     pub fn start(lab: &Lab, workshop: &Workshop, name: &str) -> (Obedient, Run) {
-        let run = lab.node("n1").run_as(obedient_spec(workshop, name));
+        Obedient::start_on(lab, "n1", workshop, name)
+    }
+
+    /// Starts one on a node.
+    #[track_caller]
+    pub fn start_on(lab: &Lab, node: &str, workshop: &Workshop, name: &str) -> (Obedient, Run) {
+        let run = lab.node(node).run_as(obedient_spec(workshop, name));
         (Obedient::known(workshop, name, run.pid), run)
     }
 

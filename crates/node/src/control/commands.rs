@@ -3,6 +3,7 @@
 //! Owns where each is carried out: here, or on the node of the process or of its log, to which the whole command is then
 //! passed on. Refuses to pass on what was passed on to it: a process that has moved meanwhile is an error that says so.
 
+use crate::control::gateway;
 use crate::daemon::moving::{self, Tell};
 use crate::daemon::node::{Node, Place, failure, nest_failure, no_process, unexpected, unreachable};
 use crate::processes::exits::Seen;
@@ -49,6 +50,7 @@ pub fn local(node: &Arc<Node>, caller: Caller, request: &Request, stream: &UnixS
             Some(_) | None => logs(node, *pid, *follow, caller, tell),
         },
         Request::Move(_) | Request::CanMove { .. } => move_anywhere(node, caller, request, tell),
+        Request::Gateway => gateway(node, caller, request, tell),
         Request::Run(_) => Err(failure(FailureKind::Invalid, "a run is not served here", None)),
     };
     done.unwrap_or_else(Reply::Error)
@@ -59,6 +61,7 @@ pub fn forwarded(node: &Arc<Node>, caller: Caller, request: &Request, tell: Tell
     let done = match request {
         Request::Logs { pid, follow } => logs(node, *pid, *follow, caller, tell),
         Request::Move(_) | Request::CanMove { .. } => move_here(node, caller, request, tell),
+        Request::Gateway => gateway::table(node),
         Request::Ps { .. } | Request::Status | Request::Kill { .. } | Request::Wait { .. } | Request::Run(_) => {
             Err(failure(
                 FailureKind::Invalid,
@@ -68,6 +71,13 @@ pub fn forwarded(node: &Arc<Node>, caller: Caller, request: &Request, tell: Tell
         }
     };
     done.unwrap_or_else(Reply::Error)
+}
+
+fn gateway(node: &Node, caller: Caller, request: &Request, tell: Tell<'_>) -> Result<Reply, Failure> {
+    match gateway::holder(node)? {
+        here if here == node.slot => gateway::table(node),
+        there => pass_on(node, there, caller, request, tell),
+    }
 }
 
 /// Has another node carry a command out.

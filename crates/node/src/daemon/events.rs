@@ -5,6 +5,7 @@
 
 use super::Node;
 use crate::nest::NestEvent;
+use crate::ports;
 use crate::processes::exits::{self, Ended};
 use crate::runs::Run;
 use crate::signals;
@@ -61,7 +62,9 @@ pub fn take(node: &Weak<Node>, workers: &Workers, events: &Receiver<NestEvent>) 
             NestEvent::InitGone => return true,
             NestEvent::Reaped { pid, status } => reaped(&node, pid, status),
             NestEvent::Notification { id, pid, nr, args } => {
-                if !node.mover.notified(id, pid, nr, &args) {
+                if ports::notified::is_taken(nr) {
+                    ports::notified::take(&node, id, pid, nr, args);
+                } else if !node.mover.notified(id, pid, nr, &args) {
                     signals::notified::take(&node, id, pid, nr, args);
                 }
             }

@@ -101,6 +101,12 @@ fn answer(node: &Arc<Node>, from: Slot, request: PeerRequest) -> PeerReply {
             Ok(()) => PeerReply::Done,
             Err(e) => PeerReply::Failed(failure(FailureKind::Other, e.to_string(), None)),
         },
+        request @ (PeerRequest::ClaimPorts { .. } | PeerRequest::PortsBound { .. } | PeerRequest::WhichPorts) => {
+            match &node.ports {
+                Some(ports) => ports.answer(from, request),
+                None => PeerReply::NotHere,
+            }
+        }
         PeerRequest::Clocks => PeerReply::Clocks(crate::mover::raw_clocks()),
     }
 }

@@ -7,8 +7,9 @@ use crate::config::NodeConfig;
 use crate::edge::Edge;
 use crate::logs::Logs;
 use crate::mover::Mover;
-use crate::nest::Nest;
+use crate::nest::{Nest, Response};
 use crate::peers::{PeerError, Peers};
+use crate::ports::Ports;
 use crate::processes::exits::{Exits, Watch};
 use crate::processes::{self, Hidden, NestProc, Residents};
 use crate::runs::Runs;
@@ -59,6 +60,8 @@ pub struct Node {
     pub logs: Arc<Logs>,
     /// What moves processes, and knows where those of this home are.
     pub mover: Arc<Mover>,
+    /// Which ports the programs have; `None` where nests have no network.
+    pub ports: Option<Arc<Ports>>,
 }
 
 /// Where a process is.
@@ -144,6 +147,16 @@ impl Node {
             Place::Ended { status, uid } => Located::Ended { status, uid },
             Place::Nowhere => Located::Nowhere,
         })
+    }
+
+    /// Answers a call of a program.
+    pub(crate) fn respond(&self, id: u64, response: Response) {
+        // The caller may have been killed meanwhile.
+        if let Err(e) = self.nest.respond(id, response)
+            && e.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!("a program's call stays unanswered: {e}");
+        }
     }
 
     /// Watches a process that is here for its end.

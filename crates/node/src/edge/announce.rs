@@ -9,10 +9,10 @@ use crate::daemon::Node;
 use dunlin_proto::endpoint::{Endpoint, Family, Proto};
 use dunlin_proto::ids::Slot;
 use dunlin_proto::peer::{PeerReply, PeerRequest, SocketNews};
-use dunlin_sys::sockdiag::{CLOSED, InetSocket, LISTENING};
+use dunlin_sys::sockdiag::{CLOSED, LISTENING};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -23,6 +23,12 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 const TIDY_EVERY: Duration = Duration::from_secs(10);
 /// How often a peer is told everything again.
 const REPEAT_EVERY: Duration = Duration::from_secs(2);
+/// How long peers may take to hear of a port before the program that opens it goes on.
+const TOLD_WITHIN: Duration = Duration::from_millis(300);
+/// How long after the arrival of a socket its former node may take to tell.
+const ARRIVED_WITHIN: Duration = Duration::from_secs(20);
+/// How long the call that opens a port may take.
+const OPENED_WITHIN: Duration = Duration::from_secs(1);
 /// After a failure.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 /// So much news for one peer waits at most; a peer that is away for longer learns what is open when it is back.
@@ -39,9 +45,23 @@ pub struct News {
 
 #[derive(Debug, Default)]
 struct Board {
-    /// The ports that are open here, and since when.
-    ports: BTreeMap<Endpoint, u64>,
+    /// The ports that are open here.
+    ports: BTreeMap<Endpoint, Open>,
     queues: BTreeMap<Slot, VecDeque<SocketNews>>,
+    /// Ports of sockets that are on their way here, until their former node has said so, or has not for so long.
+    arriving: BTreeMap<Endpoint, Instant>,
+    /// Peers that news is on its way to.
+    told: BTreeSet<Slot>,
+    /// Peers that do not answer.
+    away: BTreeSet<Slot>,
+}
+
+/// An open port.
+#[derive(Debug, Clone, Copy)]
+struct Open {
+    epoch: u64,
+    /// It is about to be opened, which takes no longer.
+    expected: Option<Instant>,
 }
 
 impl News {
@@ -62,6 +82,49 @@ impl News {
         self.changed.notify_all();
     }
 
+    /// Sockets with these are being restored here: it is not for this node to tell.
+    pub(super) fn arriving(&self, endpoints: &[Endpoint]) {
+        let until = Instant::now() + ARRIVED_WITHIN;
+        let ports = endpoints.iter().filter(|e| e.peer().is_none());
+        self.board().arriving.extend(ports.map(|port| (*port, until)));
+    }
+
+    /// They are here, or will not be.
+    pub(super) fn arrived(&self, endpoint: &Endpoint) {
+        self.board().arriving.remove(endpoint);
+    }
+
+    fn is_arriving(&self, endpoint: &Endpoint) -> bool {
+        self.board()
+            .arriving
+            .get(endpoint)
+            .is_some_and(|until| Instant::now() < *until)
+    }
+
+    /// Waits until all peers that answer have been told everything; `false`: it took too long.
+    fn wait_told(&self, within: Duration) -> bool {
+        let untold = |board: &mut Board| {
+            let waits = |(peer, queue): (&Slot, &VecDeque<SocketNews>)| {
+                !board.away.contains(peer) && (!queue.is_empty() || board.told.contains(peer))
+            };
+            board.queues.iter().any(waits)
+        };
+        let waited = self.changed.wait_timeout_while(self.board(), within, untold);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+
+    /// What was on its way to a peer has come there, or has not.
+    fn came(&self, peer: Slot, there: bool) {
+        let mut board = self.board();
+        board.told.remove(&peer);
+        match there {
+            true => board.away.remove(&peer),
+            false => board.away.insert(peer),
+        };
+        drop(board);
+        self.changed.notify_all();
+    }
+
     fn board(&self) -> MutexGuard<'_, Board> {
         self.board.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -75,7 +138,9 @@ impl News {
             let left = deadline.saturating_duration_since(Instant::now());
             if !queue.is_empty() || left.is_zero() {
                 let count = queue.len().min(MAX_TOLD);
-                return queue.drain(..count).collect();
+                let news = queue.drain(..count).collect();
+                board.told.insert(peer);
+                return news;
             }
             board = self
                 .changed
@@ -108,7 +173,8 @@ pub fn start(node: &Arc<Node>) -> io::Result<()> {
     let own = known
         .iter()
         .filter(|e| e.node == node.slot && e.endpoint.peer().is_none() && !e.held);
-    inner.news.board().ports = own.map(|e| (e.endpoint, e.epoch)).collect();
+    let open = |epoch| Open { epoch, expected: None };
+    inner.news.board().ports = own.map(|e| (e.endpoint, open(e.epoch))).collect();
     let peers: Vec<Slot> = node.peers.others().map(|(slot, _)| slot).collect();
     inner.news.board().queues = peers.iter().map(|slot| (*slot, VecDeque::new())).collect();
     let looking = Arc::downgrade(node);
@@ -146,17 +212,25 @@ fn look(edge: &Edge, own: Slot) -> Result<(), super::EdgeError> {
     let open = open_ports(edge)?;
     let known = inner.news.board().ports.clone();
     let mut news = Vec::new();
-    for endpoint in open.iter().filter(|e| !known.contains_key(e)) {
-        let epoch = epoch_now();
-        edge.assign(*endpoint, own, epoch)?;
-        inner.news.board().ports.insert(*endpoint, epoch);
-        news.push(SocketNews::At {
-            endpoint: *endpoint,
-            node: own,
-            epoch,
-        });
+    for endpoint in &open {
+        match known.get(endpoint) {
+            // A socket that is being restored is not yet anybody's, and its port is steered to where it comes from.
+            None if edge.holder(endpoint)?.is_some_and(|node| node != own) || inner.news.is_arriving(endpoint) => {}
+            None => news.push(edge.open_here(*endpoint, None)?),
+            Some(Open { expected: None, .. }) => {}
+            Some(known) => {
+                let seen = Open {
+                    expected: None,
+                    ..*known
+                };
+                inner.news.board().ports.insert(*endpoint, seen);
+            }
+        }
     }
-    for endpoint in known.into_keys().filter(|e| !open.contains(e)) {
+    let now = Instant::now();
+    let is_gone =
+        |endpoint: &Endpoint, known: &Open| !open.contains(endpoint) && known.expected.is_none_or(|until| until <= now);
+    for (endpoint, _) in known.into_iter().filter(|(e, known)| is_gone(e, known)) {
         inner.news.board().ports.remove(&endpoint);
         forget_of(edge, endpoint, own)?;
         news.push(SocketNews::Closed { endpoint });
@@ -165,6 +239,45 @@ fn look(edge: &Edge, own: Slot) -> Result<(), super::EdgeError> {
         inner.news.tell(news);
     }
     Ok(())
+}
+
+impl Edge {
+    /// Who has a port, as far as is known.
+    pub fn holder(&self, port: &Endpoint) -> Result<Option<Slot>, super::EdgeError> {
+        Ok(self.inner()?.said(&name(port))?.map(|entry| Slot(entry.hop)))
+    }
+
+    /// These ports are about to be opened here. Returns when all peers that answer know.
+    pub fn open_now(&self, ports: &[Endpoint]) -> Result<(), super::EdgeError> {
+        let inner = self.inner()?;
+        let until = Instant::now() + OPENED_WITHIN;
+        let mut news = Vec::new();
+        for port in ports {
+            if !inner.news.board().ports.contains_key(port) {
+                news.push(self.open_here(*port, Some(until))?);
+            }
+        }
+        if news.is_empty() {
+            return Ok(());
+        }
+        inner.news.tell(news);
+        if !inner.news.wait_told(TOLD_WITHIN) {
+            tracing::info!(port = %ports[0], "some peers learn of an open port later");
+        }
+        Ok(())
+    }
+
+    fn open_here(&self, endpoint: Endpoint, expected: Option<Instant>) -> Result<SocketNews, super::EdgeError> {
+        let inner = self.inner()?;
+        let epoch = epoch_now();
+        self.assign(endpoint, inner.own, epoch)?;
+        inner.news.board().ports.insert(endpoint, Open { epoch, expected });
+        Ok(SocketNews::At {
+            endpoint,
+            node: inner.own,
+            epoch,
+        })
+    }
 }
 
 /// Forgets an endpoint if it is this node's.
@@ -178,35 +291,39 @@ fn forget_of(edge: &Edge, endpoint: Endpoint, node: Slot) -> Result<(), super::E
 
 /// The ports that take packets from everybody.
 fn open_ports(edge: &Edge) -> Result<BTreeSet<Endpoint>, super::EdgeError> {
+    ports(edge, &[(Proto::Tcp, &[LISTENING]), (Proto::Udp, &[CLOSED])])
+}
+
+/// The ports of the inside address that sockets in these states have.
+pub fn ports(edge: &Edge, of: &[(Proto, &[u8])]) -> Result<BTreeSet<Endpoint>, super::EdgeError> {
     let inner = edge.inner()?;
     let mut diag = inner.diag.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut open = BTreeSet::new();
-    for (proto, state) in [(Proto::Tcp, LISTENING), (Proto::Udp, CLOSED)] {
+    let mut found = BTreeSet::new();
+    for (proto, states) in of {
         for six in [false, true] {
-            let listed = diag.list(proto.number(), six, &[state]);
-            for socket in listed.map_err(kernel("looking for sockets of", &proto))? {
+            let listed = diag.list(proto.number(), six, states);
+            for socket in listed.map_err(kernel("looking for sockets of", proto))? {
                 // A datagram socket on a port of the own slice has most likely asked for any.
-                let any = proto == Proto::Udp && inner.slices.node(socket.local.port()) == Some(inner.own);
+                let any = *proto == Proto::Udp && inner.slices.node(socket.local.port()) == Some(inner.own);
                 if !any {
-                    open.extend(endpoints(proto, &socket));
+                    found.extend(answers_for(*proto, socket.local, socket.v6_only));
                 }
             }
         }
     }
-    Ok(open)
+    Ok(found)
 }
 
-/// What a listening socket answers for; nothing if it is bound to loopback.
-fn endpoints(proto: Proto, socket: &InetSocket) -> Vec<Endpoint> {
-    let port = socket.local.port();
-    let of = |family| Endpoint::port(proto, family, port);
-    match socket.local.ip().to_canonical() {
+/// The ports of the inside address that a socket has which is bound to this: none if to the node's own loopback, two if to
+/// all addresses of both families.
+pub fn answers_for(proto: Proto, local: SocketAddr, v6_only: bool) -> Vec<Endpoint> {
+    let of = |family| Endpoint::port(proto, family, local.port());
+    match local.ip().to_canonical() {
         // A datagram socket is listed before it is bound, too.
-        _ if port == 0 => Vec::new(),
-        ip if ip.is_loopback() => Vec::new(),
+        _ if local.port() == 0 => Vec::new(),
+        ip if ip.is_loopback() || ip.is_multicast() => Vec::new(),
         IpAddr::V4(_) => vec![of(Family::V4)],
-        IpAddr::V6(ip) if ip.is_unspecified() && !socket.v6_only => vec![of(Family::V6), of(Family::V4)],
-        IpAddr::V6(ip) if ip.to_ipv4_mapped() == Some(Ipv4Addr::UNSPECIFIED) => vec![of(Family::V4)],
+        IpAddr::V6(ip) if ip.is_unspecified() && !v6_only => vec![of(Family::V6), of(Family::V4)],
         IpAddr::V6(_) => vec![of(Family::V6)],
     }
 }
@@ -223,10 +340,10 @@ fn keep_telling(node: &Weak<Node>, peer: Slot) {
         if told == 0 {
             let ports = inner.news.board().ports.clone();
             let all = ports.into_iter().take(MAX_TOLD);
-            news.extend(all.map(|(endpoint, epoch)| SocketNews::At {
+            news.extend(all.map(|(endpoint, open)| SocketNews::At {
                 endpoint,
                 node: slot,
-                epoch,
+                epoch: open.epoch,
             }));
         }
         let Some(this) = node.upgrade() else { return };
@@ -235,8 +352,12 @@ fn keep_telling(node: &Weak<Node>, peer: Slot) {
             news: news.clone(),
         };
         match this.peers.call(peer, &request) {
-            Ok(PeerReply::Done) => within = REPEAT_EVERY,
+            Ok(PeerReply::Done) => {
+                inner.news.came(peer, true);
+                within = REPEAT_EVERY;
+            }
             Ok(PeerReply::Failed(failure)) => {
+                inner.news.came(peer, true);
                 tracing::debug!(
                     "{} does not take news of sockets: {}",
                     this.peers.name(peer),
@@ -247,6 +368,7 @@ fn keep_telling(node: &Weak<Node>, peer: Slot) {
             Ok(_) | Err(_) => {
                 news.truncate(told);
                 inner.news.untold(peer, news);
+                inner.news.came(peer, false);
                 drop(this);
                 within = Duration::ZERO;
                 thread::sleep(RETRY_AFTER);
@@ -263,6 +385,7 @@ pub fn take(edge: &Edge, from: Slot, mac: [u8; 6], news: Vec<SocketNews>) -> Res
             SocketNews::At { endpoint, node, epoch } => {
                 if let Some(endpoint) = endpoint.checked() {
                     edge.assign(endpoint, node, epoch)?;
+                    edge.inner()?.news.arrived(&endpoint);
                 }
             }
             SocketNews::Closed { endpoint } => forget_of(edge, endpoint, from)?,
@@ -277,16 +400,8 @@ mod tests {
 
     #[test]
     fn a_socket_answers_for_the_families_it_takes() {
-        let socket = |local: &str, v6_only| InetSocket {
-            local: local.parse().unwrap(),
-            remote: "0.0.0.0:0".parse().unwrap(),
-            state: LISTENING,
-            v6_only,
-            uid: 0,
-            inode: 0,
-        };
         let families = |local: &str, v6_only| -> Vec<Family> {
-            let endpoints = endpoints(Proto::Tcp, &socket(local, v6_only));
+            let endpoints = answers_for(Proto::Tcp, local.parse().unwrap(), v6_only);
             endpoints.iter().map(|e| e.family).collect()
         };
         assert_eq!(families("0.0.0.0:80", false), [Family::V4]);
@@ -295,6 +410,7 @@ mod tests {
         assert_eq!(families("[::ffff:10.0.0.1]:80", false), [Family::V4]);
         assert_eq!(families("127.0.0.1:80", false), []);
         assert_eq!(families("[::1]:80", false), []);
+        assert_eq!(families("224.0.0.251:80", false), []);
         assert_eq!(families("0.0.0.0:0", false), []);
     }
 

@@ -131,6 +131,7 @@ fn build(config: &NodeConfig, state_dir: &Path, exe: &Path) -> Result<(), NestEr
         modulus: config.modulus,
         pid_limit: config.pid_limit,
         clock_offset_seconds: config.clock_offset_seconds,
+        network: config.network.is_some(),
         state_dir: state_dir.as_os_str().as_bytes().to_vec(),
     };
     let result = wire::encode(&blueprint)

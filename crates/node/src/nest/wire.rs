@@ -31,6 +31,8 @@ pub struct Blueprint {
     pub pid_limit: Option<i32>,
     /// Added to the monotonic clocks.
     pub clock_offset_seconds: i64,
+    /// Its ports are the cluster's, so that the daemon must know of them.
+    pub network: bool,
     /// Where `init.sock` goes; absolute.
     pub state_dir: Vec<u8>,
 }

@@ -12,7 +12,6 @@ use dunlin_proto::control::FailureKind;
 use dunlin_proto::ids::Pid;
 use dunlin_sys::pidfd::SIGINFO_BYTES;
 use rustix::io::Errno;
-use std::io;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -52,7 +51,7 @@ enum Payload {
 pub fn take(node: &Arc<Node>, id: u64, tid: Pid, nr: i64, args: [u64; 6]) {
     let target = Pid(args[0] as i32);
     if node.nest.host_pid(target).is_ok_and(|found| found.is_some()) {
-        return respond(node, id, Response::Continue);
+        return node.respond(id, Response::Continue);
     }
     let worker = node.clone();
     let spawned = thread::Builder::new().name("foreign signal".into()).spawn(move || {
@@ -64,11 +63,11 @@ pub fn take(node: &Arc<Node>, id: u64, tid: Pid, nr: i64, args: [u64; 6]) {
                 Err(errno) => Response::Errno(errno.raw_os_error()),
             }
         };
-        respond(&worker, id, answer);
+        worker.respond(id, answer);
     });
     if let Err(e) = spawned {
         tracing::error!("no thread to serve a signal to process {target}: {e}");
-        respond(node, id, Response::Errno(Errno::AGAIN.raw_os_error()));
+        node.respond(id, Response::Errno(Errno::AGAIN.raw_os_error()));
     }
 }
 
@@ -155,15 +154,6 @@ fn of_caller(node: &Node, tid: Pid, address: u64, signal: i32) -> Result<[u8; SI
         Err(Errno::PERM)
     } else {
         Ok(info)
-    }
-}
-
-fn respond(node: &Node, id: u64, response: Response) {
-    // The caller may have been killed meanwhile.
-    if let Err(e) = node.nest.respond(id, response)
-        && e.kind() != io::ErrorKind::NotFound
-    {
-        tracing::warn!("a program's call stays unanswered: {e}");
     }
 }
 
