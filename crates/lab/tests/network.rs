@@ -2,7 +2,7 @@
 
 use dunlin_lab::harness::{Run, binary_under_test};
 use dunlin_lab::{Lab, Options};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -180,4 +180,32 @@ fn nothing_that_does_not_listen_is_reachable_from_outside() {
     while dial(&lab, "client", &[&o4, "8001", "word"]).is_ok() {
         assert!(Instant::now() < deadline, "a closed port is still reachable");
     }
+}
+
+#[test]
+fn connections_live_through_the_death_of_the_daemons() {
+    let lab = Lab::up("deaths", &Options::default());
+    let outside = lab.layout().outside().0.to_string();
+    let server = serve(&lab, "n2", 8001, "0.0.0.0");
+    reach(&lab, "client", &[&outside, "8001", "word"]);
+    let relay = format!(
+        "import socket,sys\ns = socket.create_connection(('{outside}', 8001))\nprint(s.recv(99).decode(), flush=True)\n\
+         for line in sys.stdin:\n s.sendall(line.encode()); print(s.recv(99).decode().strip(), flush=True)"
+    );
+    let mut client = Outside::start(&lab, &[PYTHON, "-c", &relay]);
+    assert!(client.line().starts_with("n2 "));
+    let mut echo = |word: &str| {
+        client.say(format!("{word}\n").as_bytes());
+        assert_eq!(client.line(), word);
+    };
+    echo("before");
+    // The gateway's, and that of the node where the server is.
+    for node in ["n1", "n2"] {
+        lab.signal_daemon(node, 9);
+        echo("without the daemon");
+        lab.start_daemon(node);
+        echo("with a new one");
+    }
+    reach(&lab, "client", &[&outside, "8001", "word"]);
+    drop(server);
 }

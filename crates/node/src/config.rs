@@ -67,6 +67,10 @@ pub struct NetworkConfig {
     /// On the gateway: its device to the world.
     #[serde(default)]
     pub outside_device: Option<String>,
+    /// The nodes do not share an Ethernet link: packets between nests travel in VXLAN (UDP, at the port number of
+    /// `listen`, which is the same on all of them; IPv4). The same on every node.
+    #[serde(default)]
+    pub tunnel: bool,
     /// The longest packet that goes to the world.
     #[serde(default = "default_outside_mtu")]
     pub outside_mtu: u32,
@@ -184,6 +188,14 @@ impl NetworkConfig {
         {
             return Err(format!("gateway = {gateway:?} is no node of this configuration"));
         }
+        let addresses = config.peers.iter().map(|p| p.address).chain([config.listen]);
+        if self.tunnel
+            && addresses
+                .into_iter()
+                .any(|a| !a.is_ipv4() || a.port() != config.listen.port())
+        {
+            return Err("tunnel = true needs IPv4 addresses and the same port in `listen` and all of `peer`".into());
+        }
         let special = |a: &IpAddr| a.is_unspecified() || a.is_loopback() || a.is_multicast();
         let outside = [self.outside.map(IpAddr::V4), self.outside6.map(IpAddr::V6)];
         let mut addresses = vec![IpAddr::V4(self.inside), IpAddr::V6(self.inside6), config.listen.ip()];
@@ -244,6 +256,8 @@ mod tests {
         assert!(error.contains("n7"), "{error}");
         let error = network(&format!("{inside}outside = \"10.9.9.9\"")).unwrap_err();
         assert!(error.contains("given twice"), "{error}");
+        let other = network(&format!("{inside}tunnel = true")).unwrap();
+        assert!(other.network.unwrap().tunnel);
         let error = network(&format!("{inside}first_port = 65530")).unwrap_err();
         assert!(error.contains("first_port"), "{error}");
         let unknown = format!("colour = 1\n{GOOD}");

@@ -32,8 +32,9 @@ use dunlin_sys::links::Device;
 use dunlin_sys::sockdiag::SockDiag;
 use dunlin_sys::steer::{self, Counters, Hop, Name, Tables};
 use park::Park;
+use std::collections::BTreeMap;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -51,6 +52,9 @@ pub(crate) struct Inner {
     shelf: Box<dyn Shelf>,
     /// The device on the link between the nodes.
     link: Device,
+    /// Where tunnels end, where nodes share no link.
+    tunnel: Option<Device>,
+    peers: BTreeMap<Slot, IpAddr>,
     tables: Tables,
     /// Taken for every change of the tables, so that changes that depend on what was there do not meet.
     park: Mutex<Park>,
@@ -75,6 +79,8 @@ pub struct Inside {
 #[derive(Debug)]
 #[must_use = "what is held stays held until it is released or handed over"]
 pub struct Hold {
+    /// A move can have several.
+    id: u64,
     by: MoveId,
     endpoints: Vec<Endpoint>,
     /// Of each, the epoch of what was said of it before.
@@ -149,8 +155,8 @@ impl Edge {
         self.0.as_ref().map(|inner| inner.slices)
     }
 
-    /// Destination, before the resume: these are here now, whatever was known of them. Nobody else is told. After an abort,
-    /// [`Edge::forget`] takes it back.
+    /// Destination, before the resume: these are here now, whatever was known of them. Peers are told by whoever hands
+    /// them over. After an abort, [`Edge::forget`] takes it back.
     pub fn arrive(&self, endpoints: &[Endpoint]) -> Result<(), EdgeError> {
         let inner = self.inner()?;
         let _turn = inner.turn();
@@ -234,10 +240,18 @@ impl Edge {
     /// A peer's address on the link, as it tells it.
     pub fn neighbour(&self, slot: Slot, mac: [u8; 6]) -> Result<(), EdgeError> {
         let inner = self.inner()?;
-        let hop = Hop::Neighbour {
-            mac,
-            own_mac: inner.link.mac,
-            device: inner.link.index,
+        let hop = match (&inner.tunnel, inner.peers.get(&slot)) {
+            (None, _) => Hop::Neighbour {
+                mac,
+                own_mac: inner.link.mac,
+                device: inner.link.index,
+            },
+            (Some(tunnel), Some(IpAddr::V4(address))) => Hop::Tunnel {
+                address: *address,
+                mac: tunnel.mac,
+                device: tunnel.index,
+            },
+            (Some(_), _) => return Err(EdgeError::UnknownNode(slot)),
         };
         inner.tables.set_hop(slot.0, &hop).map_err(kernel("reaching", &slot))
     }

@@ -4,6 +4,7 @@ use dunlin_node::config::NodeConfig;
 use dunlin_node::edge::{Edge, Shelf};
 use dunlin_proto::endpoint::{Endpoint, Family, Proto};
 use dunlin_proto::ids::{MoveId, Slot};
+use dunlin_sys::links;
 use dunlin_sys::namespace::{in_network, new_network};
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -88,12 +89,12 @@ fn path(namespace: &OwnedFd) -> String {
     format!("/proc/{}/fd/{}", std::process::id(), namespace.as_raw_fd())
 }
 
-fn config(slot: u16) -> NodeConfig {
+fn config(slot: u16, tunnel: bool) -> NodeConfig {
     let other = 3 - slot;
     let text = format!(
         "cluster = \"rig-{}\"\nname = \"n{slot}\"\nslot = {slot}\nmodulus = 4\nlisten = \"10.1.0.{slot}:7117\"\n\
          state_dir = \"/nowhere\"\n[network]\ninside = \"{INSIDE}\"\ninside6 = \"{INSIDE6}\"\ngateway = \"n1\"\n\
-         outside = \"{OUTSIDE}\"\noutside6 = \"{OUTSIDE6}\"\noutside_device = \"out0\"\n\
+         outside = \"{OUTSIDE}\"\noutside6 = \"{OUTSIDE6}\"\noutside_device = \"out0\"\ntunnel = {tunnel}\n\
          [[peer]]\nname = \"n{other}\"\nslot = {other}\naddress = \"10.1.0.{other}:7117\"\n",
         std::process::id()
     );
@@ -101,7 +102,12 @@ fn config(slot: u16) -> NodeConfig {
 }
 
 impl Rig {
+    /// On one link.
     fn new() -> Rig {
+        Rig::joined(false)
+    }
+
+    fn joined(tunnel: bool) -> Rig {
         // On one processor, or packets overtake each other between two of them, as they may on any network.
         let mut one = rustix::thread::CpuSet::new();
         one.set(0);
@@ -124,9 +130,20 @@ impl Rig {
             let six = format!("addr add 2001:db8::{number}/64 dev {device} nodad");
             ip(host, &[four, six, format!("link set {device} up")]);
         }
+        for (host, device) in [
+            (&hosts[0], "link0"),
+            (&hosts[1], "link0"),
+            (&hosts[0], "out0"),
+            (&outside, "eth0"),
+        ] {
+            until("the links run", || {
+                let devices = in_network(host.as_fd(), links::devices).unwrap();
+                devices.iter().any(|d| d.name == device && d.is_running)
+            });
+        }
         let machine = |(host, slot): (OwnedFd, u16)| {
             let (nest, shelf) = (new_network().unwrap(), Drawer::default());
-            let edge = open(&host, &nest, &shelf, slot);
+            let edge = open(&host, &nest, &shelf, config(slot, tunnel));
             Machine {
                 slot: Slot(slot),
                 host,
@@ -152,9 +169,9 @@ impl Rig {
     }
 }
 
-fn open(host: &OwnedFd, nest: &OwnedFd, shelf: &Drawer, slot: u16) -> Edge {
+fn open(host: &OwnedFd, nest: &OwnedFd, shelf: &Drawer, config: NodeConfig) -> Edge {
     in_network(host.as_fd(), || {
-        Edge::join(&config(slot), nest.as_fd(), Box::new(shelf.clone())).map_err(io::Error::other)
+        Edge::join(&config, nest.as_fd(), Box::new(shelf.clone())).map_err(io::Error::other)
     })
     .unwrap()
 }
@@ -212,7 +229,15 @@ fn by(nonce: u64) -> MoveId {
 
 #[test]
 fn what_is_held_comes_later_and_in_order() {
-    let rig = Rig::new();
+    held_and_released(&Rig::new());
+}
+
+#[test]
+fn what_is_held_comes_later_through_a_tunnel_too() {
+    held_and_released(&Rig::joined(true));
+}
+
+fn held_and_released(rig: &Rig) {
     let [one, two] = &rig.machines;
     let server = udp(&two.nest, "0.0.0.0:5000");
     rig.assign(port(Proto::Udp, 5000), two.slot, 1);
@@ -250,9 +275,10 @@ fn what_is_held_for_one_does_not_wait_for_another() {
     let servers = [udp(&two.nest, "0.0.0.0:5000"), udp(&two.nest, "0.0.0.0:5001")];
     let sender = udp(&one.nest, "0.0.0.0:0");
     let mut holds = Vec::new();
-    for (number, nonce) in [(5000, 1), (5001, 2)] {
+    // Two holds of one move are two as well.
+    for number in [5000, 5001] {
         rig.assign(port(Proto::Udp, number), two.slot, 1);
-        holds.push(two.edge.hold(by(nonce), &[port(Proto::Udp, number)]).unwrap());
+        holds.push(two.edge.hold(by(1), &[port(Proto::Udp, number)]).unwrap());
     }
     for number in 0..50u32 {
         for port in [5000, 5001] {
@@ -260,6 +286,7 @@ fn what_is_held_for_one_does_not_wait_for_another() {
         }
     }
     until("all are held", || two.edge.counters().unwrap().held == 100);
+    assert_eq!(two.edge.held().unwrap().len(), 2);
     two.edge.release(&holds[1]).unwrap();
     take_numbers(&servers[1], 0..50);
     assert!(is_quiet(&servers[0]));
@@ -273,7 +300,15 @@ fn what_is_held_for_one_does_not_wait_for_another() {
 
 #[test]
 fn what_is_handed_over_goes_to_where_the_socket_is() {
-    let rig = Rig::new();
+    handed_over(&Rig::new());
+}
+
+#[test]
+fn what_is_handed_over_goes_there_through_a_tunnel_too() {
+    handed_over(&Rig::joined(true));
+}
+
+fn handed_over(rig: &Rig) {
     let [one, two] = &rig.machines;
     let endpoint = port(Proto::Udp, 5000);
     let old = udp(&two.nest, "0.0.0.0:5000");
@@ -362,7 +397,15 @@ fn a_stream_of_datagrams_loses_none_by_many_holds() {
 
 #[test]
 fn an_established_connection_stays_when_its_listeners_port_goes() {
-    let rig = Rig::new();
+    port_goes(&Rig::new());
+}
+
+#[test]
+fn an_established_connection_stays_behind_a_tunnel_too() {
+    port_goes(&Rig::joined(true));
+}
+
+fn port_goes(rig: &Rig) {
     let [one, two] = &rig.machines;
     let listener = tcp(&two.nest, "0.0.0.0:5000");
     rig.assign(port(Proto::Tcp, 5000), two.slot, 1);
@@ -432,7 +475,7 @@ fn a_new_daemon_takes_up_what_is_held() {
     sender.send(&0u32.to_ne_bytes()).unwrap();
     two.edge = Edge::none();
     sender.send(&1u32.to_ne_bytes()).unwrap();
-    two.edge = open(&two.host, &two.nest, &two.shelf, 2);
+    two.edge = open(&two.host, &two.nest, &two.shelf, config(2, false));
     until("both are held", || two.edge.counters().unwrap().held == 2);
     assert!(is_quiet(&server));
     let held = two.edge.held().unwrap();

@@ -205,40 +205,51 @@ INLINE int dispatch(struct __sk_buff *skb, const struct config *c, struct packet
   return send_to(skb, c, hop);
 }
 
-/* A packet to the inside address. `f`: who has its destination, unless it is a later fragment or a ping. */
-INLINE int to_inside(struct __sk_buff *skb, const struct config *c, struct packet *p, __u16 origin, enum from from)
+/* A packet to the inside address, when it is known who has its destination. */
+INLINE int steer(struct __sk_buff *skb, const struct config *c, struct packet *p, const struct flow_key *k, struct found *f, __u16 origin, enum from from)
 {
-  if (p->kind == LATER) {
-    struct fragment_key name;
-    fragment_name(p, 1, &name);
-    struct fragment *first = map_lookup(&fragments, &name);
-    if (!first)
-      return drop(FRAGMENT);
-    return dispatch(skb, c, p, first->hop, first->action, from);
-  }
-  if (p->kind == PING || p->kind == OTHER)
-    return into_nest(skb, c);
-  struct flow_key k;
-  struct found f;
   int opening = is_opening(p);
-  destination(p, &k);
-  find(c, &k, opening, &f);
-  if (f.action == HOLD && from == PARK)
-    f.action = FORWARD;
-  account(skb, p, &f);
-  if (opening && f.action == FORWARD) {
-    if (f.via != FLOW)
-      learn(&k, f.hop, BPF_ANY);
+  if (f->action == HOLD && from == PARK)
+    f->action = FORWARD;
+  account(skb, p, f);
+  if (opening && f->action == FORWARD) {
+    if (f->via != FLOW)
+      learn(k, f->hop, BPF_ANY);
     if (from != OUTSIDE && origin != NOWHERE)
       learn_source(c, p, origin);
   }
   if (p->first) {
     struct fragment_key name;
     fragment_name(p, 1, &name);
-    struct fragment first = {.hop = f.hop, .action = f.action};
+    struct fragment first = {.hop = f->hop, .action = f->action};
     map_update(&fragments, &name, &first, BPF_ANY);
   }
-  return dispatch(skb, c, p, f.hop, f.action, from);
+  return dispatch(skb, c, p, f->hop, f->action, from);
+}
+
+/* The same of a later fragment: it goes where the first one went. */
+INLINE int follow_first(struct __sk_buff *skb, const struct config *c, struct packet *p, enum from from)
+{
+  struct fragment_key name;
+  fragment_name(p, 1, &name);
+  struct fragment *first = map_lookup(&fragments, &name);
+  if (!first)
+    return drop(FRAGMENT);
+  return dispatch(skb, c, p, first->hop, first->action, from);
+}
+
+/* A packet to the inside address. */
+INLINE int to_inside(struct __sk_buff *skb, const struct config *c, struct packet *p, __u16 origin, enum from from)
+{
+  if (p->kind == LATER)
+    return follow_first(skb, c, p, from);
+  if (p->kind == PING || p->kind == OTHER)
+    return into_nest(skb, c);
+  struct flow_key k;
+  struct found f;
+  destination(p, &k);
+  find(c, &k, is_opening(p), &f);
+  return steer(skb, c, p, &k, &f, origin, from);
 }
 
 INLINE int is_unicast(const struct packet *p)
@@ -424,24 +435,24 @@ int outside_in(struct __sk_buff *skb)
     return NEXT; /* pings and neighbours: the kernel's, which has the address */
   if (p.kind == OTHER)
     return drop(CLOSED);
-  if (p.kind != LATER) {
-    struct flow_key k;
-    struct found f;
-    int opening = is_opening(&p);
-    if (p.kind == ERROR && !is_outside(c, &p, p.inner_src))
-      return drop(CLOSED);
-    destination(&p, &k);
-    find(c, &k, opening, &f);
-    /* Only what has an entry is reachable; a connection from inside that is older than the table is known by its port. */
-    int old = f.via == SLICE && p.kind == PORTS && p.proto == IPPROTO_TCP && !opening;
-    if (f.via < PORT && !old)
-      return drop(CLOSED);
-  }
+  if (p.kind == LATER)
+    return rewrite(skb, &p, 0, in) ? drop(ODD) : follow_first(skb, c, &p, OUTSIDE);
+  struct flow_key k;
+  struct found f;
+  int opening = is_opening(&p);
+  if (p.kind == ERROR && !is_outside(c, &p, p.inner_src))
+    return drop(CLOSED);
+  destination(&p, &k);
+  find(c, &k, opening, &f);
+  /* Only what has an entry is reachable; a connection from inside that is older than the table is known by its port. */
+  int old = f.via == SLICE && p.kind == PORTS && p.proto == IPPROTO_TCP && !opening;
+  if (f.via < PORT && !old)
+    return drop(CLOSED);
   if (p.kind == ERROR && rewrite_inner(skb, &p, 1, in))
     return drop(ODD);
   if (rewrite(skb, &p, 0, in))
     return drop(ODD);
-  return to_inside(skb, c, &p, NOWHERE, OUTSIDE);
+  return steer(skb, c, &p, &k, &f, NOWHERE, OUTSIDE);
 }
 
 /* Ingress of the device where held packets wait: the daemon lets them go on. */

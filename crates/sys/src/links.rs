@@ -20,6 +20,8 @@ pub struct Device {
     pub addresses: Vec<IpAddr>,
     /// The longest packet it takes.
     pub mtu: u32,
+    /// Packets go out by it: a device that was only just brought up may drop them a moment longer.
+    pub is_running: bool,
 }
 
 /// All of them.
@@ -36,6 +38,7 @@ pub fn devices() -> io::Result<Vec<Device>> {
         let name = unsafe { CStr::from_ptr(item.ifa_name) }.to_string_lossy().into_owned();
         let device = found.entry(name.clone()).or_default();
         device.name = name;
+        device.is_running = item.ifa_flags & libc::IFF_RUNNING as u32 != 0;
         if !item.ifa_addr.is_null() {
             // SAFETY: an address begins with its family, and is as long as its family says.
             unsafe { note(device, item.ifa_addr) };

@@ -231,6 +231,10 @@ fn look(edge: &Edge, own: Slot) -> Result<(), super::EdgeError> {
     let is_gone =
         |endpoint: &Endpoint, known: &Open| !open.contains(endpoint) && known.expected.is_none_or(|until| until <= now);
     for (endpoint, _) in known.into_iter().filter(|(e, known)| is_gone(e, known)) {
+        // Held: its socket moves, and was closed here because it is there. Who hands it over tells of it.
+        if inner.said(&name(&endpoint))?.is_some_and(|entry| entry.hold) {
+            continue;
+        }
         inner.news.board().ports.remove(&endpoint);
         forget_of(edge, endpoint, own)?;
         news.push(SocketNews::Closed { endpoint });

@@ -21,6 +21,8 @@ use std::process::{Command, Stdio};
 pub const INNER: &str = "eth0";
 /// Where the way to the inside address is told.
 const TABLE: u32 = 99;
+/// What VXLAN adds to a packet: Ethernet, IPv4, UDP and its own header.
+const TUNNEL_BYTES: u32 = 50;
 /// So many packets wait for a move at most.
 const PARKED_PACKETS: u32 = 16384;
 /// Longer than any packet of the devices that it takes packets from.
@@ -33,6 +35,8 @@ pub struct Names {
     pub nest: String,
     /// Where held packets wait.
     pub park: String,
+    /// Where the tunnels to other nodes end, if there are any.
+    pub tunnel: String,
 }
 
 impl Names {
@@ -47,6 +51,7 @@ impl Names {
         Names {
             nest: format!("dunlin-{hash:08x}"),
             park: format!("dunlip-{hash:08x}"),
+            tunnel: format!("dunlit-{hash:08x}"),
         }
     }
 }
@@ -84,6 +89,20 @@ pub fn join(names: &Names, inner: BorrowedFd<'_>, mtu: u32) -> io::Result<()> {
     ip(&format!("link set {nest} arp off\nlink set {nest} up\n"))
 }
 
+/// Makes the device where tunnels end, one for all peers: each packet says which one it is for. The longest packet it takes.
+pub fn make_tunnel(names: &Names, port: u16, link: &Device) -> io::Result<u32> {
+    let (tunnel, mtu) = (&names.tunnel, link.mtu.saturating_sub(TUNNEL_BYTES));
+    if links::devices()?.iter().any(|d| d.name == *tunnel) {
+        ip(&format!("link del {tunnel}\n"))?;
+    }
+    ip(&format!(
+        "link add name {tunnel} mtu {mtu} type vxlan external dstport {port}\n"
+    ))?;
+    quiet(tunnel)?;
+    ip(&format!("link set {tunnel} arp off\nlink set {tunnel} up\n"))?;
+    Ok(mtu)
+}
+
 /// Readies the device of held packets.
 pub fn ready_park(names: &Names) -> io::Result<()> {
     let park = &names.park;
@@ -104,8 +123,14 @@ fn quiet(device: &str) -> io::Result<()> {
 }
 
 /// Gives the nest its addresses, rules, routes and ports.
-pub fn furnish(nest: BorrowedFd<'_>, network: &NetworkConfig, slot: Slot, modulus: u16) -> io::Result<()> {
-    let (a4, a6, mtu) = (network.inside, network.inside6, network.outside_mtu);
+pub fn furnish(
+    nest: BorrowedFd<'_>,
+    network: &NetworkConfig,
+    slot: Slot,
+    modulus: u16,
+    inner_mtu: u32,
+) -> io::Result<()> {
+    let (a4, a6, mtu) = (network.inside, network.inside6, network.outside_mtu.min(inner_mtu));
     let slices = super::Slices::new(network.first_port, modulus).expect("checked when it was read");
     let (first, last) = slices.of(slot);
     let settings = [

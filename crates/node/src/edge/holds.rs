@@ -15,8 +15,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-/// What is held, as init keeps it: one label for each move.
+/// What is held, as init keeps it: one label for each hold.
 const LABEL: &str = "edge/hold/";
+/// What init keeps of a hold: its number, the move, what is held with its epochs.
+type Kept = (u64, MoveId, Vec<(Endpoint, u64)>);
 /// So long after the end of a hold a packet may still be on its way into the park.
 const STRAYS_FOR: Duration = Duration::from_millis(50);
 
@@ -32,13 +34,15 @@ impl Edge {
             .iter()
             .map(|name| inner.said(name))
             .collect::<Result<Vec<_>, _>>()?;
+        let id = park.next_hold(super::announce::epoch_now());
         let hold = Hold {
+            id,
             by,
             endpoints: endpoints.to_vec(),
             epochs: said.iter().map(|said| said.map_or(0, |e| e.epoch)).collect(),
         };
         inner.record(&hold)?;
-        park.hold(by, names.iter().copied());
+        park.hold(id, names.iter().copied());
         for ((name, said), epoch) in names.iter().zip(said).zip(&hold.epochs) {
             inner.say(name, said, inner.own, true, *epoch)?;
         }
@@ -75,11 +79,16 @@ impl Edge {
             let Some((_, blob)) = inner.shelf.kept(label).map_err(failed())? else {
                 continue;
             };
-            let parsed: Result<(MoveId, Vec<(Endpoint, u64)>), _> = postcard::from_bytes(&blob);
-            let (by, held) = parsed.map_err(|e| failed()(std::io::Error::other(e)))?;
+            let parsed: Result<Kept, _> = postcard::from_bytes(&blob);
+            let (id, by, held) = parsed.map_err(|e| failed()(std::io::Error::other(e)))?;
             let (endpoints, epochs): (Vec<_>, Vec<_>) = held.into_iter().unzip();
-            inner.turn().hold(by, endpoints.iter().map(name));
-            holds.push(Hold { by, endpoints, epochs });
+            inner.turn().hold(id, endpoints.iter().map(name));
+            holds.push(Hold {
+                id,
+                by,
+                endpoints,
+                epochs,
+            });
         }
         Ok(holds)
     }
@@ -93,9 +102,10 @@ impl Inner {
             .copied()
             .zip(hold.epochs.iter().copied())
             .collect();
-        let blob = postcard::to_allocvec(&(hold.by, held)).expect("endpoints can be written");
+        let kept: Kept = (hold.id, hold.by, held);
+        let blob = postcard::to_allocvec(&kept).expect("endpoints can be written");
         let failed = kernel("recording what is held for move", &hold.by);
-        self.shelf.keep_soon(&label(hold.by), blob).map_err(failed)
+        self.shelf.keep_soon(&label(hold), blob).map_err(failed)
     }
 
     fn end(&self, hold: &Hold, at: Slot, epochs: &[u64]) -> Result<(), EdgeError> {
@@ -108,21 +118,21 @@ impl Inner {
             self.say(&name, said, at, true, *epoch)?;
             entries.push((name, entry(said, at, false, *epoch)));
         }
-        park.flush(hold.by).map_err(failed())?;
+        park.flush(hold.id).map_err(failed())?;
         for (name, entry) in &entries {
             self.tables.change(name, entry).map_err(failed())?;
         }
-        park.flush(hold.by).map_err(failed())?;
-        park.end(hold.by);
-        self.shelf.forget_soon(&label(hold.by)).map_err(failed())?;
+        park.flush(hold.id).map_err(failed())?;
+        park.end(hold.id);
+        self.shelf.forget_soon(&label(hold)).map_err(failed())?;
         *self.strays.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + STRAYS_FOR);
         self.strays_wanted.notify_all();
         Ok(())
     }
 }
 
-fn label(by: MoveId) -> String {
-    format!("{LABEL}{by}")
+fn label(hold: &Hold) -> String {
+    format!("{LABEL}{}/{}", hold.by, hold.id)
 }
 
 /// Looks, for a while after each end of a hold, for packets that were on their way into the park when it ended.

@@ -81,7 +81,7 @@ impl Edge {
         let failed = |what| kernel(what, &"the nest's network");
         let names = Names::of(config);
         let link = devices::underlay(config.listen.ip()).map_err(failed("finding the link of"))?;
-        let found = take_up(&*shelf).map_err(failed("taking up"))?;
+        let found = take_up(&*shelf, network).map_err(failed("taking up"))?;
         let kernel_side = match found {
             Some(kernel_side) => kernel_side,
             None => make(config, network, &names, nest, &link, &*shelf).map_err(failed("making"))?,
@@ -96,6 +96,12 @@ impl Edge {
             },
             slices: Slices::new(network.first_port, config.modulus).expect("checked when it was read"),
             shelf,
+            tunnel: network
+                .tunnel
+                .then(|| devices::named(&names.tunnel))
+                .transpose()
+                .map_err(failed("finding the tunnel of"))?,
+            peers: config.peers.iter().map(|p| (Slot(p.slot), p.address.ip())).collect(),
             link,
             tables: kernel_side.tables,
             park: Mutex::new(Park::new(Tap::from_fd(kernel_side.park))),
@@ -114,12 +120,14 @@ impl Edge {
 }
 
 /// What a former daemon left, if it is of this build's form.
-fn take_up(shelf: &dyn Shelf) -> io::Result<Option<Kernel>> {
+fn take_up(shelf: &dyn Shelf, network: &NetworkConfig) -> io::Result<Option<Kernel>> {
     let Some((mut fds, blob)) = shelf.kept(LABEL)? else {
         return Ok(None);
     };
-    if blob != steer::LAYOUT.to_le_bytes() || fds.len() < Programs::COUNT + Tables::COUNT + 1 {
-        tracing::warn!("the nest's edge was made by another version of dunlin and is made anew; what it held is lost");
+    if blob != form(network) || fds.len() < Programs::COUNT + Tables::COUNT + 1 {
+        tracing::warn!(
+            "the nest's edge was made by another version or configuration and is made anew; what it held is lost"
+        );
         shelf.forget_soon(LABEL)?;
         return Ok(None);
     }
@@ -139,7 +147,11 @@ fn make(
     shelf: &dyn Shelf,
 ) -> io::Result<Kernel> {
     let (programs, tables) = steer::load()?;
-    devices::join(names, nest, link.mtu)?;
+    let mtu = match network.tunnel {
+        true => devices::make_tunnel(names, config.listen.port(), link)?,
+        false => link.mtu,
+    };
+    devices::join(names, nest, mtu)?;
     let park = Tap::make(&names.park)?;
     devices::ready_park(names)?;
     configure(config, network, names, nest, &tables)?;
@@ -147,8 +159,11 @@ fn make(
     let mut links = vec![
         ingress(&programs.nest_out, devices::named(&names.nest)?.index)?,
         ingress(&programs.park_in, devices::named(&names.park)?.index)?,
-        ingress(&programs.link_in, link.index)?,
     ];
+    links.push(match network.tunnel {
+        true => ingress(&programs.tunnel_in, devices::named(&names.tunnel)?.index)?,
+        false => ingress(&programs.link_in, link.index)?,
+    });
     if let Some(outside) = outside_device(config, network) {
         links.push(ingress(&programs.outside_in, devices::named(outside)?.index)?);
     }
@@ -156,16 +171,23 @@ fn make(
         let inner = devices::named(devices::INNER)?;
         bpf::attach(programs.nest_egress.as_fd(), inner.index, Side::Egress)
     })?);
-    devices::furnish(nest, network, Slot(config.slot), config.modulus)?;
+    devices::furnish(nest, network, Slot(config.slot), config.modulus, mtu)?;
     let mut fds = programs.fds();
     fds.extend(tables.fds());
     fds.push(park.as_fd());
     fds.extend(links.iter().map(AsFd::as_fd));
-    shelf.keep(LABEL, &fds, steer::LAYOUT.to_le_bytes().to_vec())?;
+    shelf.keep(LABEL, &fds, form(network))?;
     Ok(Kernel {
         park: park.as_fd().try_clone_to_owned()?,
         tables,
     })
+}
+
+/// What must be the same for a daemon to take an edge up.
+fn form(network: &NetworkConfig) -> Vec<u8> {
+    let mut form = steer::LAYOUT.to_le_bytes().to_vec();
+    form.push(network.tunnel.into());
+    form
 }
 
 /// The device to the world, if this node is the gateway.
@@ -186,6 +208,10 @@ fn configure(
         Some(device) => devices::named(device)?.index,
         None => 0,
     };
+    let tunnel_if = match network.tunnel {
+        true => devices::named(&names.tunnel)?.index,
+        false => 0,
+    };
     let gateway = network.gateway.as_ref().and_then(|name| config.slot_of(name));
     let slices = Slices::new(network.first_port, config.modulus).expect("checked when it was read");
     tables.configure(&steer::Config {
@@ -196,7 +222,7 @@ fn configure(
         inner_if: inner.index,
         park_if: devices::named(&names.park)?.index,
         outside_if,
-        tunnel_if: 0,
+        tunnel_if,
         own: config.slot,
         gateway: gateway.map_or(NOWHERE, |slot| slot.0),
         slice_first: network.first_port,

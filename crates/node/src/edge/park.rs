@@ -4,7 +4,6 @@
 //! back as it was read, and the program on the device steers it. Invariant: the packets of one endpoint go on in the order
 //! in which they came; those of a hold that is not being ended stay, in front of what comes.
 
-use dunlin_proto::ids::MoveId;
 use dunlin_sys::steer::Name;
 use dunlin_sys::tap::{HEADER_BYTES, MAX_PACKET_BYTES, Tap};
 use std::collections::{HashMap, VecDeque};
@@ -20,10 +19,11 @@ const FLUSH_WITHIN: Duration = Duration::from_millis(20);
 pub struct Park {
     tap: Tap,
     buffer: Vec<u8>,
-    /// Whose packets are held, by which move.
-    held: HashMap<Name, MoveId>,
+    /// Whose packets are held, by which hold.
+    held: HashMap<Name, u64>,
+    last_hold: u64,
     /// Those that were read when others were let go, in order.
-    kept: HashMap<MoveId, VecDeque<Vec<u8>>>,
+    kept: HashMap<u64, VecDeque<Vec<u8>>>,
     /// The first fragments among those: the later ones have no ports.
     fragments: HashMap<Fragment, Name>,
 }
@@ -37,33 +37,40 @@ impl Park {
             tap,
             buffer: vec![0; MAX_PACKET_BYTES],
             held: HashMap::new(),
+            last_hold: 0,
             kept: HashMap::new(),
             fragments: HashMap::new(),
         }
     }
 
+    /// The number of a new hold: at least this one, and greater than all before.
+    pub fn next_hold(&mut self, least: u64) -> u64 {
+        self.last_hold = least.max(self.last_hold + 1);
+        self.last_hold
+    }
+
     /// These are held from now on.
-    pub fn hold(&mut self, by: MoveId, names: impl IntoIterator<Item = Name>) {
-        self.held.extend(names.into_iter().map(|name| (name, by)));
+    pub fn hold(&mut self, hold: u64, names: impl IntoIterator<Item = Name>) {
+        self.held.extend(names.into_iter().map(|name| (name, hold)));
     }
 
     /// These are held no longer: the table says so.
-    pub fn end(&mut self, by: MoveId) {
-        self.held.retain(|_, held| *held != by);
+    pub fn end(&mut self, hold: u64) {
+        self.held.retain(|_, held| *held != hold);
         if self.held.is_empty() {
             self.fragments.clear();
         }
     }
 
-    /// Lets go what waits of one move, and whatever nobody holds.
-    pub fn flush(&mut self, by: MoveId) -> io::Result<()> {
-        for packet in self.kept.remove(&by).unwrap_or_default() {
+    /// Lets go what waits of one hold, and whatever nobody holds.
+    pub fn flush(&mut self, hold: u64) -> io::Result<()> {
+        for packet in self.kept.remove(&hold).unwrap_or_default() {
             self.pass(&packet);
         }
         let deadline = Instant::now() + FLUSH_WITHIN;
         while let Some(length) = self.tap.receive(&mut self.buffer)? {
             match self.holder() {
-                Some(holder) if holder != by => {
+                Some(holder) if holder != hold => {
                     let packet = self.buffer[..length].to_vec();
                     self.kept.entry(holder).or_default().push_back(packet);
                 }
@@ -101,18 +108,18 @@ impl Park {
     }
 
     /// Who holds the packet in the buffer?
-    fn holder(&mut self) -> Option<MoveId> {
+    fn holder(&mut self) -> Option<u64> {
         let parsed = parse(&self.buffer[HEADER_BYTES..])?;
         let flow = match parsed {
             Parsed::Later(fragment) => *self.fragments.get(&fragment)?,
             Parsed::Whole(flow, _) => flow,
         };
         let port = Name { peer: None, ..flow };
-        let (name, by) = [flow, port].iter().find_map(|n| self.held.get_key_value(n))?;
+        let (name, hold) = [flow, port].iter().find_map(|n| self.held.get_key_value(n))?;
         if let Parsed::Whole(_, Some(fragment)) = parsed {
             self.fragments.insert(fragment, *name);
         }
-        Some(*by)
+        Some(*hold)
     }
 }
 
