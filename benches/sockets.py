@@ -136,7 +136,7 @@ def again(attempt, what):
 
 
 def packet(lab, quick):
-    flood, count, rounds = lab.work / "flood", 200_000 if quick else 1_000_000, 3 if quick else 5
+    flood, count, rounds = lab.work / "flood", 100_000 if quick else 300_000, 3 if quick else 5
     outside, _ = addresses(lab)
     figures = {n: [] for n in ("drop", "routing", "dnat", "gateway", "gateway to n2")}
     with Plain() as plain, plain.start("server", flood, "sink", SERVER, 5000):
@@ -163,7 +163,7 @@ def stream(output):
 
 
 def through(lab, quick):
-    seconds, rounds = (1, 2) if quick else (3, 3)
+    seconds, rounds = (1, 2) if quick else (2, 3)
     outside, _ = addresses(lab)
     serve = ["iperf3", "-s", "-p", "5201"]
     measure = ["-J", "-p", "5201", "-t", str(seconds)]
