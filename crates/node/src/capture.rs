@@ -11,6 +11,7 @@ mod descriptors;
 pub mod freeze;
 pub mod held;
 mod questions;
+mod reading;
 mod sleep;
 pub mod space;
 mod surroundings;
@@ -234,6 +235,8 @@ impl Source {
             let layout = dir.stat()?.layout;
             let space = space::read(pid, &dir, hole, layout, answers.brk, &listing, &mut obstacles)?;
             let glimpses = descriptors::glimpse(&dir)?;
+            // It may have finished reading by the freeze, or be held there for so long already.
+            reading::look(pid, host, &glimpses);
             let looked = Looked {
                 files: descriptors::read(pid, host, &glimpses, around, met, &mut obstacles)?,
                 tids: read_tids(pid, host, &dir, &mut obstacles)?,

@@ -8,7 +8,8 @@ use super::held;
 use super::questions::{ProcessQuestions, ThreadQuestions};
 use super::threads::{self, FrozenThread};
 use super::{
-    CaptureError, Memory, PAGE, SCRIPT_MASK, Source, descriptors, parked, read_traits, sleep, space, stop_one, writes,
+    CaptureError, Memory, PAGE, SCRIPT_MASK, Source, descriptors, parked, read_traits, reading, sleep, space, stop_one,
+    writes,
 };
 use crate::capture::Surroundings;
 use crate::capture::{Met, Trap};
@@ -352,6 +353,7 @@ impl Frozen {
     ) -> Result<Option<Files>, CaptureError> {
         let source = &mut self.source;
         let glimpses = descriptors::glimpse(&source.dir)?;
+        obstacles.extend(reading::look(source.pid, source.host, &glimpses));
         let travels = |d: &dunlin_proto::image::Description| {
             matches!(
                 d.kind,
