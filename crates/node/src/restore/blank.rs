@@ -44,6 +44,8 @@ pub struct Blank {
     pub(super) threads: BTreeMap<Pid, i32>,
     /// Sleeps that were over before the thread could fall asleep again: their answers, by host number.
     pub(super) slept: BTreeMap<i32, i64>,
+    /// Limits that select(2) and its like read from memory: address, the call, when it ends (CLOCK_MONOTONIC).
+    pub(super) limits: Vec<(u64, i64, u64)>,
     /// The registers that each thread gets when it may run, by host number.
     pub(super) loaded: BTreeMap<i32, Registers>,
     options: Options,
@@ -123,6 +125,7 @@ impl Blank {
             uffd,
             threads: BTreeMap::from([(pid, host)]),
             slept: BTreeMap::new(),
+            limits: Vec::new(),
             loaded: BTreeMap::new(),
             options,
         };
