@@ -410,6 +410,29 @@ static void special_as_made(void)
 	}
 }
 
+/* What the kernel put above the stack at the start: arguments and environment. Nothing but the stop file's name is
+ * looked at otherwise. */
+extern char **environ;
+static char *above, *above_was;
+static size_t above_bytes;
+static void keep_above(char **argv)
+{
+	char *end = argv[0];
+	for (char **e = argv; *e; e++)
+		end = *e + strlen(*e) + 1;
+	for (char **e = environ; *e; e++)
+		end = *e + strlen(*e) + 1;
+	above = argv[0], above_bytes = end - above;
+	above_was = malloc(above_bytes);
+	memcpy(above_was, above, above_bytes);
+}
+static void above_as_kept(void)
+{
+	for (size_t i = 0; i < above_bytes; i++)
+		CHECK(above[i] == above_was[i], "byte %zu of arguments and environment (%p, %zu bytes) is %d, was %d", i, (void *)above, above_bytes,
+		      above[i], above_was[i]);
+}
+
 static void make_file(void)
 {
 	char name[] = "memory-file-XXXXXX";
@@ -437,6 +460,7 @@ int main(int argc, char **argv)
 	SYS(sigaltstack(&alt, 0));
 	struct sigaction act = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_ONSTACK};
 	SYS(sigaction(SIGSEGV, &act, 0)), SYS(sigaction(SIGBUS, &act, 0));
+	keep_above(argv);
 	make_file();
 	model = calloc(pages, sizeof *model);
 	arena = anon(pages * PAGE, 0);
@@ -466,6 +490,7 @@ int main(int argc, char **argv)
 		EQ("stack frames", deep(frames), frames + 1);
 		doing = "special";
 		special_as_made();
+		above_as_kept();
 	} while (next_round());
 	for (size_t i = 0; i < pages; i++)
 		compare(i);
