@@ -204,7 +204,7 @@ impl Source {
         sleeps.look(host, host);
         let (thread, stop) = stop_one(pid, Running::seize(host, Options::default())?)?;
         let (registers, mask) = (thread.registers()?, thread.signal_mask()?);
-        let again = made_again(&registers).filter(|_| stop == Stop::Interrupt);
+        let again = sleeps.again(host, host, &registers).filter(|_| stop == Stop::Interrupt);
         let asleep = match &again {
             Some(again) => sleeps.find_ended(host, host, again, &memory),
             None => sleeps.find(host, host, &registers, &memory),
@@ -223,8 +223,8 @@ impl Source {
         });
         // Whatever came of it, the program must run on as it was.
         let thread = Stopped::assume(host);
-        if again.is_some() && ended::is_signalled(host, host, mask, mask) {
-            restore = registers;
+        if let Some(again) = again.filter(|_| ended::is_signalled(host, host, mask, mask)) {
+            restore = ended::interrupted(&again);
         } else if again.and(asleep).is_some() {
             let_go(host, host);
         }
@@ -498,7 +498,9 @@ fn give_up(host: i32, foothold: &Foothold, reason: CaptureError) -> CaptureError
         let (thread, _) = Running::seize(host, Options::default())?.stop(Instant::now() + STOP_PATIENCE)?;
         let (found, mask) = (thread.registers()?, thread.signal_mask()?);
         let memory = File::open(ProcDir::process(host).path("mem"))?;
-        let again = made_again(&found).filter(|_| !ended::is_signalled(host, host, mask, mask));
+        let again = sleeps
+            .again(host, host, &found)
+            .filter(|_| !ended::is_signalled(host, host, mask, mask));
         let asleep = again.and_then(|again| sleeps.find_ended(host, host, &again, &memory));
         let mut registers = again.unwrap_or(found);
         let thread = finish_write(thread, host, &mut registers, mask, &memory)?;

@@ -138,7 +138,7 @@ impl Source {
     /// Lets a thread run on that was only stopped.
     fn let_on(&mut self, thread: Stopped) {
         if let (Ok(registers), Ok(mask)) = (thread.registers(), thread.signal_mask())
-            && let Some(again) = ended::made_again(&registers)
+            && let Some(again) = self.sleeps.again(self.host, thread.tid(), &registers)
             && !ended::is_signalled(self.host, thread.tid(), mask, 0)
         {
             let asleep = self.sleeps.find_ended(self.host, thread.tid(), &again, &self.memory);
@@ -172,7 +172,7 @@ impl Source {
         self.foothold.arena.hold(slot, found);
         thread.set_signal_mask(SCRIPT_MASK)?;
         let (thread, mut registers) = self.leave_vdso(thread, found.registers)?;
-        let again = ended::made_again(&registers);
+        let again = self.sleeps.again(self.host, host_tid, &registers);
         registers = again.unwrap_or(registers);
         let at = self.foothold.syscall_at;
         let thread = writes::complete(thread, self.host, at, &mut registers, &self.memory)?;

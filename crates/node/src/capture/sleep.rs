@@ -68,6 +68,7 @@ pub fn select_unit_ns(number: i64) -> u64 {
 #[derive(Debug, Clone, Copy)]
 pub struct Before {
     exec_start_ns: u64,
+    run_ns: u64,
     voluntary_switches: u64,
     cpu: u32,
 }
@@ -81,8 +82,21 @@ struct Known {
     /// Where it goes on, and its arguments: another call of the same thread differs in one of them, or was not
     /// interrupted yet and says itself what it is.
     place: (u64, [u64; 6]),
-    /// How often the thread had gone to sleep when it was let go, of a call that is made again.
-    switches: Option<u64>,
+    /// How often the thread had gone to sleep, and how long it had run, when it was let go in a call that is made again.
+    let_go: Option<(u64, u64)>,
+}
+
+/// A thread that has run no longer than this since it was let go has made its call again and nothing else.
+const MADE_AGAIN_WITHIN_NS: u64 = 100_000;
+
+impl Known {
+    /// How often the thread has gone to sleep since it was let go, if it has done nothing but that; `stops` times because
+    /// it was stopped.
+    fn slept(&self, now: Before, stops: u64) -> Option<u64> {
+        let (switches, run_ns) = self.let_go?;
+        let slept = now.voluntary_switches.checked_sub(switches + stops)?;
+        (slept <= 1 && now.run_ns.saturating_sub(run_ns) <= MADE_AGAIN_WITHIN_NS).then_some(slept)
+    }
 }
 
 /// Where a thread is that was let go in a call which is made again.
@@ -143,16 +157,24 @@ impl Sleeps {
         })
     }
 
-    /// As [`Sleeps::find`], for a call that is made again with these registers.
+    /// Registers with which a stopped thread makes the call again that the stop has ended, or that it was about to make
+    /// again after the stop before.
+    pub fn again(&self, process: i32, tid: i32, registers: &Registers) -> Option<Registers> {
+        ended::made_again(registers).or_else(|| {
+            let known = known(tid, registers)?;
+            let on_its_way = known.number == registers.rax as i64 && registers.orig_rax == u64::MAX;
+            (on_its_way && known.slept(read_sched(process, tid)?, 1) == Some(0)).then_some(*registers)
+        })
+    }
+
+    /// As [`Sleeps::find`], for a stopped thread that makes a call again with these registers.
     pub fn find_ended(&mut self, process: i32, tid: i32, again: &Registers, memory: &File) -> Option<Sleep> {
         let (number, arguments, now) = (again.rax as i64, arguments_of(again), monotonic_ns());
         let length = ended::length_ns(process, number, arguments, memory)?;
-        // The very one that was made again before: the thread has gone to sleep once since it was let go.
-        let asleep_once = |known: &Known| {
-            let before = self.before.get(&tid).map(|before| before.voluntary_switches);
-            known.number == number && before.is_some() && before == known.switches.map(|n| n + 1)
-        };
-        let ends_ns = match known(tid, again).filter(asleep_once) {
+        // The very one that was made again before?
+        let sched = read_sched(process, tid);
+        let is_same = |known: &Known| known.number == number && sched.and_then(|now| known.slept(now, 1)).is_some();
+        let ends_ns = match known(tid, again).filter(is_same) {
             Some(known) => known.ends_ns,
             None => self.began(process, tid, now).saturating_add(length),
         };
@@ -237,7 +259,7 @@ pub fn remember(tid: i32, registers: &Registers, number: i64, ends_ns: u64) {
         number,
         ends_ns,
         place,
-        switches: None,
+        let_go: None,
     };
     known.insert(tid, known_sleep);
 }
@@ -246,7 +268,7 @@ pub fn remember(tid: i32, registers: &Registers, number: i64, ends_ns: u64) {
 pub fn let_go(process: i32, tid: i32) {
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(known) = known.get_mut(&tid).filter(|known| ended::is_one(known.number)) {
-        known.switches = read_sched(process, tid).map(|sched| sched.voluntary_switches);
+        known.let_go = read_sched(process, tid).map(|sched| (sched.voluntary_switches, sched.run_ns));
         waker::schedule(process, tid, known.ends_ns);
     }
 }
@@ -268,12 +290,9 @@ pub fn is_still_in(process: i32, tid: i32, ends_ns: u64) -> Whereabouts {
         let place = (rip.checked_sub(2)?, arguments.try_into().ok()?);
         Some(number == known.number && place == known.place)
     };
-    match known.switches {
-        Some(switches) if sched.voluntary_switches == switches => Whereabouts::OnItsWay,
-        Some(switches) if sched.voluntary_switches == switches + 1 => match in_call() {
-            Some(true) => Whereabouts::InIt,
-            Some(false) | None => Whereabouts::OnItsWay,
-        },
+    match known.slept(sched, 0) {
+        Some(0) => Whereabouts::OnItsWay,
+        Some(_) if in_call() == Some(true) => Whereabouts::InIt,
         Some(_) | None => Whereabouts::Elsewhere,
     }
 }
@@ -316,15 +335,18 @@ pub fn monotonic_ns() -> u64 {
 
 fn read_sched(process: i32, tid: i32) -> Option<Before> {
     let dir = ProcDir::thread(process, tid);
-    let (exec_start_ns, voluntary_switches) = parse_sched(&dir.text("sched").ok()?)?;
+    let (exec_start_ns, run_ns, voluntary_switches) = parse_sched(&dir.text("sched").ok()?)?;
     Some(Before {
         exec_start_ns,
+        run_ns,
         voluntary_switches,
         cpu: dir.stat().ok()?.processor,
     })
 }
 
-fn parse_sched(text: &str) -> Option<(u64, u64)> {
+/// The scheduler's record of a thread: when it was last on a CPU, how long it has been on one (nanoseconds), how often it
+/// went to sleep.
+fn parse_sched(text: &str) -> Option<(u64, u64, u64)> {
     let value = |key: &str| {
         text.lines()
             .find(|l| l.starts_with(key))?
@@ -332,9 +354,15 @@ fn parse_sched(text: &str) -> Option<(u64, u64)> {
             .next()
             .map(str::trim)
     };
-    let (millis, nanos) = value("se.exec_start")?.split_once('.')?;
-    let exec_start = millis.parse::<u64>().ok()? * 1_000_000 + nanos.parse::<u64>().ok()?;
-    Some((exec_start, value("nr_voluntary_switches")?.parse().ok()?))
+    let time = |key: &str| {
+        let (millis, nanos) = value(key)?.split_once('.')?;
+        Some(millis.parse::<u64>().ok()? * 1_000_000 + nanos.parse::<u64>().ok()?)
+    };
+    Some((
+        time("se.exec_start")?,
+        time("se.sum_exec_runtime")?,
+        value("nr_voluntary_switches")?.parse().ok()?,
+    ))
 }
 
 #[cfg(test)]
@@ -344,7 +372,8 @@ mod tests {
     #[test]
     fn sched_is_read() {
         let text = "cat (1733, #threads: 1)\n---\nse.exec_start             :        971156.978116\n\
+                    se.sum_exec_runtime       :             1.000020\n\
                     nr_voluntary_switches     :                    7\n";
-        assert_eq!(parse_sched(text), Some((971_156_978_116, 7)));
+        assert_eq!(parse_sched(text), Some((971_156_978_116, 1_000_020, 7)));
     }
 }
