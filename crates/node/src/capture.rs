@@ -8,19 +8,23 @@
 
 mod ahead;
 mod descriptors;
+mod ended;
 pub mod freeze;
 pub mod held;
 mod questions;
+mod reading;
 mod sleep;
 pub mod space;
 mod surroundings;
 mod threads;
 mod trap;
+mod waker;
 mod writes;
 
 pub use ahead::{Run, Watch, demanded};
 pub use descriptors::Met;
-pub use sleep::{made_again, monotonic_ns, remember};
+pub use ended::made_again;
+pub use sleep::{let_go, monotonic_ns, remember, select_limit, select_unit_ns};
 pub use surroundings::Surroundings;
 pub use threads::{from_words, to_words};
 pub use trap::Trap;
@@ -196,14 +200,16 @@ impl Source {
         let mut sleeps = Sleeps::default();
         let memory = File::open(dir.path("mem"))?;
         let refuge = Refuge::find(host, syscall_instruction(&dir)?)?;
+        let claim = waker::claim(host);
         sleeps.look(host, host);
         let (thread, stop) = stop_one(pid, Running::seize(host, Options::default())?)?;
         let (registers, mask) = (thread.registers()?, thread.signal_mask()?);
-        sleeps.find(host, host, &registers, &memory);
-        let mut restore = match sleep::made_again(&registers) {
-            Some(again) if stop == Stop::Interrupt => again,
-            _ => registers,
+        let again = sleeps.again(host, host, &registers).filter(|_| stop == Stop::Interrupt);
+        let asleep = match &again {
+            Some(again) => sleeps.find_ended(host, host, again, &memory),
+            None => sleeps.find(host, host, &registers, &memory),
         };
+        let mut restore = again.unwrap_or(registers);
         let thread = finish_write(thread, host, &mut restore, mask, &memory)?;
         let filters = freeze::own_filters(&thread, status.seccomp_filters, nest_filters);
         let asked = Trap::look(&dir).map_err(CaptureError::from).and_then(|trap| {
@@ -217,10 +223,16 @@ impl Source {
         });
         // Whatever came of it, the program must run on as it was.
         let thread = Stopped::assume(host);
+        if let Some(again) = again.filter(|_| ended::is_signalled(host, host, mask, mask)) {
+            restore = ended::interrupted(&again);
+        } else if again.and(asleep).is_some() {
+            let_go(host, host);
+        }
         let undone = thread
             .set_signal_mask(mask)
             .and_then(|()| thread.set_registers(&restore))
             .and_then(|()| thread.detach(0));
+        drop(claim);
         let (foothold, answers, watched) = asked?;
         undone?;
         foothold.arena.release();
@@ -234,6 +246,8 @@ impl Source {
             let layout = dir.stat()?.layout;
             let space = space::read(pid, &dir, hole, layout, answers.brk, &listing, &mut obstacles)?;
             let glimpses = descriptors::glimpse(&dir)?;
+            // It may have finished reading by the freeze, or be held there for so long already.
+            reading::look(pid, host, &glimpses);
             let looked = Looked {
                 files: descriptors::read(pid, host, &glimpses, around, met, &mut obstacles)?,
                 tids: read_tids(pid, host, &dir, &mut obstacles)?,
@@ -478,10 +492,17 @@ fn finish_write(
 /// Takes the foothold out of a running process and hands the reason back.
 fn give_up(host: i32, foothold: &Foothold, reason: CaptureError) -> CaptureError {
     let undo = || -> Result<(), CaptureError> {
+        let _claim = waker::claim(host);
+        let mut sleeps = Sleeps::default();
+        sleeps.look(host, host);
         let (thread, _) = Running::seize(host, Options::default())?.stop(Instant::now() + STOP_PATIENCE)?;
-        let (registers, mask) = (thread.registers()?, thread.signal_mask()?);
-        let mut registers = sleep::made_again(&registers).unwrap_or(registers);
+        let (found, mask) = (thread.registers()?, thread.signal_mask()?);
         let memory = File::open(ProcDir::process(host).path("mem"))?;
+        let again = sleeps
+            .again(host, host, &found)
+            .filter(|_| !ended::is_signalled(host, host, mask, mask));
+        let asleep = again.and_then(|again| sleeps.find_ended(host, host, &again, &memory));
+        let mut registers = again.unwrap_or(found);
         let thread = finish_write(thread, host, &mut registers, mask, &memory)?;
         let held = Held {
             tid: host,
@@ -495,6 +516,9 @@ fn give_up(host: i32, foothold: &Foothold, reason: CaptureError) -> CaptureError
         let thread = foothold.uproot(thread)?;
         thread.set_signal_mask(mask)?;
         thread.set_registers(&held.registers)?;
+        if asleep.is_some() {
+            let_go(host, host);
+        }
         Ok(thread.detach(0)?)
     };
     if let Err(error) = undo() {

@@ -55,6 +55,7 @@ use dunlin_proto::ids::{Modulus, MoveId, Pid, RunId, Slot};
 use dunlin_proto::relocation::{MoveMsg, Notice, SourceToDestination};
 use dunlin_sys::procfs::ProcDir;
 use links::Links;
+use party::{children_of, has_ended};
 use std::collections::BTreeMap;
 use std::io;
 use std::net::TcpStream;
@@ -361,10 +362,27 @@ impl Mover {
         self.hidden.is_stopped(pid, stopped);
         match kind {
             HiddenKind::Leaving => left.exit().map_err(io::Error::other)?,
-            _ => self.entries.stay(left, pid, host, comm.trim_ascii_end())?,
+            _ => {
+                self.entries.stay(left, pid, host, comm.trim_ascii_end())?;
+                self.look_for_ended_children(host);
+            }
         }
         self.end_if_ended(pid);
         Ok((number, keeper))
+    }
+
+    /// A child that ended while its parent was taken away has said so to somebody who did not listen: the surrogate looks.
+    fn look_for_ended_children(&self, surrogate: i32) {
+        let ended = children_of(surrogate)
+            .into_iter()
+            .any(|(child, host)| self.hidden.kind(child).is_none() && has_ended(host));
+        if ended && let Some(surrogate) = rustix::process::Pid::from_raw(surrogate) {
+            let told = rustix::process::kill_process(surrogate, rustix::process::Signal::CHILD);
+            self.log(
+                "having a surrogate look for its children",
+                told.map_err(io::Error::from),
+            );
+        }
     }
 
     /// A process that came by a move has ended, or has not been there to be watched.

@@ -6,6 +6,9 @@ use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::Pid;
 use std::fmt::Display;
 
+/// Why a process does not move while it is in the middle of a file of the kernel; it will have read it in a moment.
+pub const READING: &str = "it is being read just now, and its text goes on otherwise on the other node";
+
 /// One obstacle.
 pub fn obstacle(
     pid: Pid,

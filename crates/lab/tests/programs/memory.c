@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <ucontext.h>
 
 #define PAGE 4096ul
 enum kind { NONE, ANON, FILE_COW };
@@ -23,19 +24,58 @@ static uint64_t seed;
 static int file = -1;
 #define FILE_PAGES 512u
 
+static uint64_t *word(size_t i) { return (uint64_t *)(arena + i * PAGE); }
+static uint64_t file_word(uint32_t page) { return 0xF11Eull << 32 | page; }
+static uint64_t wanted(size_t i)
+{
+	return model[i].kind == FILE_COW && !model[i].written ? file_word(model[i].file_page) : model[i].value;
+}
+
 static sigjmp_buf fault_jump;
 static volatile sig_atomic_t fault_expected, fault_seen;
+static const char *doing = "nothing yet"; /* the operation, for the report of a difference */
+static void *volatile provoked;           /* where a fault was last provoked */
+static unsigned long faults_taken;
+
+/* An unexpected signal: all that is known of it, and of the address. */
+static void report_fault(int sig, const siginfo_t *info, const ucontext_t *context)
+{
+	uintptr_t at = (uintptr_t)info->si_addr, from = 0, to = 0;
+	const greg_t *r = context->uc_mcontext.gregs;
+	printf("unexpected signal %d: si_code %d, si_addr %p, rip %#llx, error %#llx, cr2 %#llx, trap %lld, rsp %#llx; round %lu, doing %s, "
+	       "fault %lu, last provoked at %p (arena %p…%p, stack word %p)\n",
+	       sig, info->si_code, info->si_addr, r[REG_RIP], r[REG_ERR], r[REG_CR2], r[REG_TRAPNO], r[REG_RSP], rounds, doing,
+	       faults_taken, provoked, (void *)arena, (void *)(arena + pages * PAGE), (void *)&at);
+	size_t i = (at - (uintptr_t)arena) / PAGE;
+	if (at >= (uintptr_t)arena && i < pages)
+		printf("the model of page %zu: kind %d, prot %d, value %#llx, written %d\n", i, model[i].kind, model[i].prot,
+		       (unsigned long long)wanted(i), model[i].written);
+	FILE *maps = fopen("/proc/self/maps", "r");
+	char line[512], before[512] = "";
+	while (maps && fgets(line, sizeof line, maps)) {
+		if (sscanf(line, "%lx-%lx ", &from, &to) == 2 && to > at) {
+			printf("below: %sthere:  %s", before, line);
+			break;
+		}
+		strcpy(before, line);
+	}
+	fflush(stdout);
+}
 static void on_fault(int sig, siginfo_t *info, void *context)
 {
-	(void)context;
-	CHECK(fault_expected, "unexpected signal %d at %p (arena %p…%p)", sig, info->si_addr, (void *)arena, (void *)(arena + pages * PAGE));
-	fault_seen = sig;
+	if (!fault_expected) {
+		report_fault(sig, info, context);
+		_exit(1);
+	}
+	CHECK((void *)((uintptr_t)info->si_addr & ~(PAGE - 1)) == provoked, "a fault at %p was provoked, signal %d is about %p", provoked, sig,
+	      info->si_addr);
+	fault_seen = sig, faults_taken++;
 	siglongjmp(fault_jump, 1);
 }
 /* Does the access fault? */
 static int faults(volatile uint64_t *at, int write)
 {
-	fault_seen = 0, fault_expected = 1;
+	provoked = (void *)((uintptr_t)at & ~(PAGE - 1)), fault_seen = 0, fault_expected = 1;
 	if (!sigsetjmp(fault_jump, 1)) {
 		if (write)
 			*at = *at;
@@ -44,13 +84,6 @@ static int faults(volatile uint64_t *at, int write)
 	}
 	fault_expected = 0;
 	return fault_seen;
-}
-
-static uint64_t *word(size_t i) { return (uint64_t *)(arena + i * PAGE); }
-static uint64_t file_word(uint32_t page) { return 0xF11Eull << 32 | page; }
-static uint64_t wanted(size_t i)
-{
-	return model[i].kind == FILE_COW && !model[i].written ? file_word(model[i].file_page) : model[i].value;
 }
 
 static void compare(size_t i)
@@ -152,6 +185,11 @@ static int movable(size_t from, size_t n)
 			return 0;
 	return 1;
 }
+static int mapped(size_t i)
+{
+	unsigned char core;
+	return !mincore(word(i), PAGE, &core);
+}
 static void do_move(void)
 {
 	size_t from, n = stretch(&from), to = rnd(&seed) % (pages - n);
@@ -159,13 +197,21 @@ static void do_move(void)
 		n = 64;
 	if (!movable(from, n) || (to < from + n && from < to + n))
 		return;
-	/* EFAULT: two mappings after all (MAP_NORESERVE differs, or a hole that merged elsewhere). */
+	/* EFAULT: two mappings after all. Linux 6.17 moves several at once, but not those that a userfaultfd watches, as the
+	 * pages' new node does while they are away: it refuses there, and what came before has moved. Whatever was at the
+	 * target was unmapped first. */
 	void *r = mremap(word(from), n * PAGE, n * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, word(to));
-	if (r == MAP_FAILED && errno == EFAULT) { /* the target was unmapped before the check of the source */
-		for (size_t i = to; i < to + n; i++) {
-			unsigned char core;
-			model[i].kind = mincore(word(i), PAGE, &core) ? NONE : model[i].kind;
-		}
+	if (r == MAP_FAILED && errno == EFAULT) {
+		int whole = 1;
+		for (size_t i = 0; i < n; i++)
+			if (!mapped(from + i)) {
+				CHECK(whole, "mremap moved page %zu of %zu, but not those before it", i, n);
+				model[to + i] = model[from + i], model[from + i].kind = NONE;
+				compare(to + i);
+			} else {
+				whole = 0, compare(from + i);
+				model[to + i].kind = mapped(to + i) ? model[to + i].kind : NONE;
+			}
 		return;
 	}
 	CHECK(r == word(to), "mremap: %s", strerror(errno));
@@ -213,12 +259,12 @@ static void do_exec(void)
 	close(out[1]);
 	char got[32] = "";
 	ssize_t n = read(out[0], got, sizeof got - 1);
-	CHECK(n > 1, "the shell said nothing");
-	got[n - 1] = 0;
-	CHECK(!strcmp(got, expected), "the shell's parent is %s, not %s", got, expected);
 	int status;
 	EQ("waitpid", waitpid(child, &status, 0), child);
 	EQ("the shell's status", status, 0);
+	CHECK(n > 1, "the shell said nothing (%zd)", n);
+	got[n - 1] = 0;
+	CHECK(!strcmp(got, expected), "the shell's parent is %s, not %s", got, expected);
 	close(out[0]);
 }
 static void do_touch(void)
@@ -281,17 +327,20 @@ static __attribute__((noinline)) int deep(int n) /* grows the stack downwards, p
 
 static struct { char *at; const char *flag; int on; } advised[6];
 static char *growing, *guarded, *shared_file, *huge;
-/* One flag of VmFlags of the mapping that starts at (or holds) an address. */
+/* One flag of VmFlags of the mapping that starts at (or holds) an address; the mapping as it was found. */
+static char found_mapping[256], found_flags[256];
 static int has_flag(const void *at, const char *flag)
 {
-	FILE *f = fopen("/proc/self/smaps", "r");
+	FILE *f = SYS(fopen("/proc/self/smaps", "r") ?: (FILE *)-1);
 	char line[512];
 	int inside = 0, found = 0;
+	found_mapping[0] = found_flags[0] = 0;
 	while (fgets(line, sizeof line, f)) {
 		unsigned long a, b;
 		if (sscanf(line, "%lx-%lx ", &a, &b) == 2 && strchr(line, '-') < strchr(line, ' '))
-			inside = a <= (uintptr_t)at && (uintptr_t)at < b;
+			(inside = a <= (uintptr_t)at && (uintptr_t)at < b) ? snprintf(found_mapping, sizeof found_mapping, "%.*s", (int)strcspn(line, "\n"), line) : 0;
 		else if (inside && !strncmp(line, "VmFlags:", 8)) {
+			snprintf(found_flags, sizeof found_flags, "%.*s", (int)strcspn(line, "\n"), line);
 			char with_blank[8];
 			snprintf(with_blank, sizeof with_blank, " %s ", flag);
 			found = strstr(line, with_blank) != 0;
@@ -339,7 +388,7 @@ static void special_as_made(void)
 		for (size_t o = 0; o < 16 * PAGE; o += 511)
 			EQ(advised[i].flag, advised[i].at[o], 'a' + i);
 		if (advised[i].on)
-			CHECK(has_flag(advised[i].at, advised[i].flag), "flag %s of the mapping at %p is lost", advised[i].flag, (void *)advised[i].at);
+			CHECK(has_flag(advised[i].at, advised[i].flag), "flag %s of the mapping at %p is lost: %s, %s", advised[i].flag, (void *)advised[i].at, found_mapping, found_flags);
 	}
 	CHECK(has_flag(growing, "gd"), "the mapping no longer grows down");
 	EQ("the growing mapping", growing[0], 'g');
@@ -361,6 +410,29 @@ static void special_as_made(void)
 	}
 }
 
+/* What the kernel put above the stack at the start: arguments and environment. Nothing but the stop file's name is
+ * looked at otherwise. */
+extern char **environ;
+static char *above, *above_was;
+static size_t above_bytes;
+static void keep_above(char **argv)
+{
+	char *end = argv[0];
+	for (char **e = argv; *e; e++)
+		end = *e + strlen(*e) + 1;
+	for (char **e = environ; *e; e++)
+		end = *e + strlen(*e) + 1;
+	above = argv[0], above_bytes = end - above;
+	above_was = malloc(above_bytes);
+	memcpy(above_was, above, above_bytes);
+}
+static void above_as_kept(void)
+{
+	for (size_t i = 0; i < above_bytes; i++)
+		CHECK(above[i] == above_was[i], "byte %zu of arguments and environment (%p, %zu bytes) is %d, was %d", i, (void *)above, above_bytes,
+		      above[i], above_was[i]);
+}
+
 static void make_file(void)
 {
 	char name[] = "memory-file-XXXXXX";
@@ -376,8 +448,10 @@ static void make_file(void)
 
 int main(int argc, char **argv)
 {
-	static void (*const operations[])(void) = {do_map_anon, do_map_file, do_unmap, do_protect, do_discard, do_move,
-						   do_fork,     do_touch,    do_touch, do_touch,   do_syscalls};
+	static const struct { void (*run)(void); const char *name; } operations[] = {
+		{do_map_anon, "map_anon"}, {do_map_file, "map_file"}, {do_unmap, "unmap"}, {do_protect, "protect"},
+		{do_discard, "discard"},   {do_move, "move"},         {do_fork, "fork"},   {do_touch, "touch"},
+		{do_touch, "touch"},       {do_touch, "touch"},       {do_syscalls, "syscalls"}};
 	start(argc, argv);
 	pages = (argc > 2 ? strtoul(argv[2], 0, 10) : 64) * 256;
 	seed = argc > 3 ? strtoull(argv[3], 0, 10) : 88172645463325252ull;
@@ -386,6 +460,7 @@ int main(int argc, char **argv)
 	SYS(sigaltstack(&alt, 0));
 	struct sigaction act = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_ONSTACK};
 	SYS(sigaction(SIGSEGV, &act, 0)), SYS(sigaction(SIGBUS, &act, 0));
+	keep_above(argv);
 	make_file();
 	model = calloc(pages, sizeof *model);
 	arena = anon(pages * PAGE, 0);
@@ -396,17 +471,26 @@ int main(int argc, char **argv)
 	make_special();
 	ready();
 	do {
-		for (int i = 0; i < 12; i++)
-			operations[rnd(&seed) % (sizeof operations / sizeof *operations)]();
+		for (int i = 0; i < 12; i++) {
+			size_t next = rnd(&seed) % (sizeof operations / sizeof *operations);
+			doing = operations[next].name;
+			operations[next].run();
+		}
+		doing = "exec";
 		if (rounds % 8 == 0)
 			do_exec();
+		doing = "compare";
 		if (rounds % 32 == 31)
 			for (size_t i = 0; i < pages; i++)
 				compare(i);
+		doing = "heap";
 		heap_and_stack();
+		doing = "frames";
 		int frames = 30 + rnd(&seed) % 200;
 		EQ("stack frames", deep(frames), frames + 1);
+		doing = "special";
 		special_as_made();
+		above_as_kept();
 	} while (next_round());
 	for (size_t i = 0; i < pages; i++)
 		compare(i);

@@ -164,17 +164,14 @@ pub fn verified(lab: &Lab, pid: Pid, node: &str) -> MoveReport {
     reports.remove(0)
 }
 
-/// A move. Two obstacles are there for a moment only: a program that looks at itself in /proc has a file open that is
-/// found on no other node, and one that has just forked shares descriptors with a child that stays. Then, and only then,
-/// it is asked again.
+/// A move. Two obstacles are there for a moment only: a program that looks at itself is in the middle of a file in /proc,
+/// and one that has just forked shares descriptors with a child that stays. Then, and only then, it is asked again.
 pub fn moved(lab: &Lab, asked: &MoveRequest) -> Result<Vec<MoveReport>, NotMoved> {
     for _ in 0..50 {
         match lab.move_as(asked.clone()) {
             Err(NotMoved::Refused(obstacles))
-                if obstacles
-                    .iter()
-                    .all(|o| o.object.starts_with("/proc/") || stays(&o.why)) => {}
-            Err(NotMoved::Failed(failure)) if stays(&failure.message) => {}
+                if obstacles.iter().all(|o| o.object.contains("/proc/") || stays(&o.why)) => {}
+            Err(NotMoved::Failed(failure)) if stays(&failure.message) || failure.message.contains("(/proc/") => {}
             other => return other,
         }
     }

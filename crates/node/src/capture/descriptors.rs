@@ -33,6 +33,23 @@ pub struct Glimpse {
     info: FdInfo,
 }
 
+impl Glimpse {
+    /// Its number.
+    pub fn number(&self) -> i32 {
+        self.number
+    }
+
+    /// Its name, as /proc has it.
+    pub fn link(&self) -> &std::path::Path {
+        &self.link
+    }
+
+    /// The offset.
+    pub fn position(&self) -> u64 {
+        self.info.position
+    }
+}
+
 /// Reads the table as /proc shows it.
 pub fn glimpse(dir: &ProcDir) -> io::Result<Vec<Glimpse>> {
     let mut all = Vec::new();
@@ -267,7 +284,7 @@ fn describe(
 }
 
 /// Whether a file is one of /proc or /sys: its bytes are made when it is read, and its times say nothing.
-fn is_of_kernel(link: &std::path::Path) -> io::Result<bool> {
+pub(super) fn is_of_kernel(link: &std::path::Path) -> io::Result<bool> {
     const PROC_SUPER_MAGIC: i64 = 0x9fa0;
     const SYSFS_MAGIC: i64 = 0x6265_6572;
     Ok(matches!(

@@ -8,7 +8,8 @@ use super::held;
 use super::questions::{ProcessQuestions, ThreadQuestions};
 use super::threads::{self, FrozenThread};
 use super::{
-    CaptureError, Memory, PAGE, SCRIPT_MASK, Source, descriptors, parked, read_traits, sleep, space, stop_one, writes,
+    CaptureError, Memory, PAGE, SCRIPT_MASK, Source, descriptors, ended, parked, read_traits, reading, sleep, space,
+    stop_one, waker, writes,
 };
 use crate::capture::Surroundings;
 use crate::capture::{Met, Trap};
@@ -41,13 +42,16 @@ pub struct Frozen {
     trap: Trap,
     /// The signals that the essence says are pending for the process or for its first thread.
     pending: Vec<i32>,
+    _claim: waker::Claim,
 }
 
 impl Source {
     /// Stops all threads. If one does not stop, all run on and the reason comes back with the source.
     pub fn freeze(mut self) -> Result<Frozen, (Box<Source>, CaptureError)> {
+        let claim = waker::claim(self.host);
         match self.stop_all() {
             Ok((threads, stopped_by, since, trap)) => Ok(Frozen {
+                _claim: claim,
                 source: self,
                 since,
                 threads,
@@ -83,7 +87,7 @@ impl Source {
                     Err(CaptureError::Gone) => {}
                     Err(error) => {
                         for thread in stopped {
-                            let _ = thread.detach(0);
+                            self.let_on(thread);
                         }
                         return Err(error);
                     }
@@ -118,7 +122,7 @@ impl Source {
                         let _ = thread.detach(0);
                     }
                     for thread in stopped {
-                        let _ = thread.detach(0);
+                        self.let_on(thread);
                     }
                     return Err(error);
                 }
@@ -129,6 +133,21 @@ impl Source {
             return Err(CaptureError::Gone);
         }
         Ok((frozen, by, since, trap))
+    }
+
+    /// Lets a thread run on that was only stopped.
+    fn let_on(&mut self, thread: Stopped) {
+        if let (Ok(registers), Ok(mask)) = (thread.registers(), thread.signal_mask())
+            && let Some(again) = self.sleeps.again(self.host, thread.tid(), &registers)
+            && !ended::is_signalled(self.host, thread.tid(), mask, 0)
+        {
+            let asleep = self.sleeps.find_ended(self.host, thread.tid(), &again, &self.memory);
+            let _ = thread.set_registers(&again);
+            if asleep.is_some() {
+                sleep::let_go(self.host, thread.tid());
+            }
+        }
+        let _ = thread.detach(0);
     }
 
     fn seize_new(&mut self, seen: &mut BTreeSet<i32>, running: &mut Vec<Running>) -> Result<(), CaptureError> {
@@ -153,9 +172,8 @@ impl Source {
         self.foothold.arena.hold(slot, found);
         thread.set_signal_mask(SCRIPT_MASK)?;
         let (thread, mut registers) = self.leave_vdso(thread, found.registers)?;
-        if let Some(again) = sleep::made_again(&registers) {
-            registers = again;
-        }
+        let again = self.sleeps.again(self.host, host_tid, &registers);
+        registers = again.unwrap_or(registers);
         let at = self.foothold.syscall_at;
         let thread = writes::complete(thread, self.host, at, &mut registers, &self.memory)?;
         if let Some(abort) = threads::rseq_abort(&thread, &self.memory, registers.rip)? {
@@ -167,13 +185,18 @@ impl Source {
             registers,
         };
         self.foothold.arena.hold(slot, &settled);
-        let sleep = self.sleeps.find(self.host, host_tid, &registers, &self.memory);
+        let sleep = match &again {
+            Some(again) => self.sleeps.find_ended(self.host, host_tid, again, &self.memory),
+            None => self.sleeps.find(self.host, host_tid, &registers, &self.memory),
+        };
         Ok(FrozenThread {
             thread,
             tid,
             registers,
             mask,
             sleep,
+            settled_ns: sleep::monotonic_ns(),
+            is_ended: again.is_some(),
         })
     }
 
@@ -220,6 +243,7 @@ impl Frozen {
         let all_cpus = dunlin_sys::inspect::affinity(0).unwrap_or_default();
         let mut images = Vec::with_capacity(self.threads.len());
         let mut process = None;
+        let mut asked = ([0; 2], 0);
         for index in 0..self.threads.len() {
             let host_tid = self.threads[index].thread.tid();
             let thread = Stopped::assume(host_tid);
@@ -229,9 +253,18 @@ impl Frozen {
             let (_, answers) = script.run(thread)?;
             if let Some(more) = more {
                 process = Some(more.read(&answers));
+                // What is left of timers is counted from here.
+                asked = (super::clocks(&self.source.dir), sleep::monotonic_ns());
             }
             let manner = threads::manner(self.source.host, host_tid, &all_cpus)?;
             images.push(threads::image(&self.threads[index], &manner, questions.read(&answers))?);
+        }
+        self.tell_interrupted(&mut images);
+        let (clocks_ns, asked_ns) = asked;
+        for (thread, image) in self.threads.iter().zip(&mut images) {
+            if let Some(sleep) = &mut image.sleep {
+                sleep.remaining_ns = sleep.remaining_ns.saturating_sub(asked_ns - thread.settled_ns);
+            }
         }
         let mut process = process.ok_or(CaptureError::Gone)?;
         self.trap.correct(&mut process.signals.actions);
@@ -251,6 +284,9 @@ impl Frozen {
         let leaders = images.first().map_or(&[][..], |image| &image.pending);
         let number = |info: &Vec<u8>| info.first_chunk::<4>().map(|word| i32::from_le_bytes(*word));
         self.pending = leaders.iter().chain(&signals.pending).filter_map(number).collect();
+        for child in child_hosts(&self.source.dir)? {
+            around.meet(child);
+        }
         let mut obstacles = Vec::new();
         let space = self.space_now(process.brk, &mut obstacles)?;
         let files = self.files_now(around, met, &mut obstacles)?;
@@ -264,6 +300,7 @@ impl Frozen {
         let mut lineage = self.source.plan.image.lineage.clone();
         lineage.children = children(&self.source.dir)?;
         self.ask_of_stops(&mut lineage.children)?;
+        let hot_pages = self.hot_pages(&images);
         Ok(Essence {
             lineage,
             traits: read_traits(&self.source.dir, &status, &process)?,
@@ -274,10 +311,23 @@ impl Frozen {
             stopped_by: self.stopped_by,
             file_pages,
             file_pages_dropped,
-            hot_pages: self.hot_pages(&images),
+            hot_pages,
             threads: images,
-            clocks_ns: super::clocks(&self.source.dir),
+            clocks_ns,
         })
+    }
+
+    /// A call that is made again has ended with EINTR all the same if a signal for its thread has come meanwhile.
+    fn tell_interrupted(&mut self, images: &mut [ThreadImage]) {
+        let host = self.source.host;
+        let leader_mask = self.threads.first().map_or(0, |leader| leader.mask);
+        for (thread, image) in self.threads.iter_mut().zip(images) {
+            if thread.is_ended && ended::is_signalled(host, thread.thread.tid(), thread.mask, leader_mask) {
+                thread.registers = ended::interrupted(&thread.registers);
+                (thread.sleep, thread.is_ended, image.sleep) = (None, false, None);
+                image.registers = threads::to_words(&thread.registers);
+            }
+        }
     }
 
     /// Has the process waited for the stops of its children?
@@ -352,6 +402,7 @@ impl Frozen {
     ) -> Result<Option<Files>, CaptureError> {
         let source = &mut self.source;
         let glimpses = descriptors::glimpse(&source.dir)?;
+        obstacles.extend(reading::look(source.pid, source.host, &glimpses));
         let travels = |d: &dunlin_proto::image::Description| {
             matches!(
                 d.kind,
@@ -461,9 +512,21 @@ impl Frozen {
     }
 
     /// Lets the process run on where it was.
-    pub fn thaw(self) -> Result<(), CaptureError> {
+    pub fn thaw(mut self) -> Result<(), CaptureError> {
+        let host = self.source.host;
+        let leader_mask = self.threads.first().map_or(0, |leader| leader.mask);
+        for thread in &mut self.threads {
+            if thread.is_ended && ended::is_signalled(host, thread.thread.tid(), thread.mask, leader_mask) {
+                thread.registers = ended::interrupted(&thread.registers);
+                thread.is_ended = false;
+            }
+        }
         let Frozen {
-            source, threads, trap, ..
+            source,
+            threads,
+            trap,
+            _claim,
+            ..
         } = self;
         let leader = Stopped::assume(source.host);
         // The loop goes when none but the first is in it: this daemon may be killed at any moment.
@@ -485,6 +548,9 @@ impl Frozen {
         source.foothold.uproot(leader)?;
         threads[..1].iter().try_for_each(put_back)?;
         for thread in threads {
+            if thread.is_ended && thread.sleep.is_some() {
+                sleep::let_go(host, thread.thread.tid());
+            }
             thread.thread.detach(0)?;
         }
         Ok(())
@@ -683,27 +749,34 @@ pub(crate) fn add_take(script: &mut Script<'_>, signal: i32) {
 /// The living and ended children of a process, but for its keepers (which have no say in its life).
 fn children(dir: &ProcDir) -> Result<Vec<Child>, CaptureError> {
     let mut children = Vec::new();
-    for tid in dir.threads()? {
-        let text = dir.text(&format!("task/{tid}/children"))?;
-        for host in text.split_ascii_whitespace().filter_map(|n| n.parse::<i32>().ok()) {
-            let child = ProcDir::process(host);
-            let (Ok(status), Ok(stat)) = (child.status(), child.stat()) else {
-                continue;
-            };
-            let last = |v: &[i32]| v.last().copied().map_or(Pid(0), Pid);
-            children.push(Child {
-                pid: last(&status.ns_pids),
-                pgid: last(&status.ns_pgids),
-                sid: last(&status.ns_sids),
-                ended: (status.state == 'Z').then_some(stat.exit_code),
-                stop: (status.state == 'T').then_some(ChildStop {
-                    waitable: false,
-                    unsaid: false,
-                    pending: Vec::new(),
-                }),
-                comm: stat.comm,
-            });
-        }
+    for host in child_hosts(dir)? {
+        let child = ProcDir::process(host);
+        let (Ok(status), Ok(stat)) = (child.status(), child.stat()) else {
+            continue;
+        };
+        let last = |v: &[i32]| v.last().copied().map_or(Pid(0), Pid);
+        children.push(Child {
+            pid: last(&status.ns_pids),
+            pgid: last(&status.ns_pgids),
+            sid: last(&status.ns_sids),
+            ended: (status.state == 'Z').then_some(stat.exit_code),
+            stop: (status.state == 'T').then_some(ChildStop {
+                waitable: false,
+                unsaid: false,
+                pending: Vec::new(),
+            }),
+            comm: stat.comm,
+        });
     }
     Ok(children)
+}
+
+/// The children of a process: their numbers on this machine.
+fn child_hosts(dir: &ProcDir) -> Result<Vec<i32>, CaptureError> {
+    let mut hosts = Vec::new();
+    for tid in dir.threads()? {
+        let text = dir.text(&format!("task/{tid}/children"))?;
+        hosts.extend(text.split_ascii_whitespace().filter_map(|n| n.parse::<i32>().ok()));
+    }
+    Ok(hosts)
 }

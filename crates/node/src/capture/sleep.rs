@@ -6,6 +6,7 @@
 //! the moment at which the thread was last on a CPU, which is when it fell asleep. Refuses to shorten a sleep: where the
 //! moment is not certain the sleep is taken to have just begun. See restart_syscall(2), sched(7) (`se.exec_start`).
 
+use super::{ended, waker};
 use dunlin_proto::image::Sleep;
 use dunlin_sys::inspect;
 use dunlin_sys::procfs::ProcDir;
@@ -17,15 +18,15 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, PoisonError};
 
 const ERESTART_RESTARTBLOCK: i64 = -516;
-const EINTR: i64 = -4;
+const ERESTARTNOHAND: i64 = -514;
 const SYS_POLL: i64 = 7;
+const SYS_SELECT: i64 = 23;
 const SYS_NANOSLEEP: i64 = 35;
 const SYS_FUTEX: i64 = 202;
 const SYS_RESTART: i64 = 219;
 const SYS_CLOCK_NANOSLEEP: i64 = 230;
-/// Calls that the kernel ends with EINTR even for a stop that no signal caused: semop, rt_sigtimedwait, io_getevents,
-/// semtimedop, epoll_wait, epoll_pwait, epoll_pwait2. They are made again instead.
-const ENDED_BY_A_STOP: [i64; 7] = [65, 128, 208, 220, 232, 281, 441];
+const SYS_PSELECT6: i64 = 270;
+const SYS_PPOLL: i64 = 271;
 const FUTEX_WAIT_BITSET: u64 = 9;
 
 /// Addresses, a page apart at most, of what the kernel reads from the program when the call is made again.
@@ -42,14 +43,32 @@ pub fn reads(sleep: &Sleep) -> Vec<u64> {
                 .map(|at| first.saturating_add(at))
                 .collect()
         }
-        _ => Vec::new(),
+        number => {
+            let limit = select_limit(number, sleep.arguments);
+            limit.into_iter().chain(ended::reads(number, sleep.arguments)).collect()
+        }
     }
+}
+
+/// Where a call keeps what is left of its time for the program to see, if it is one that does.
+pub fn select_limit(number: i64, arguments: [u64; 6]) -> Option<u64> {
+    match number {
+        SYS_SELECT | SYS_PSELECT6 => Some(arguments[4]),
+        SYS_PPOLL => Some(arguments[2]),
+        _ => None,
+    }
+}
+
+/// How long a nanosecond is in the second word of such a limit.
+pub fn select_unit_ns(number: i64) -> u64 {
+    if number == SYS_SELECT { 1000 } else { 1 }
 }
 
 /// What was known of a thread before it was stopped.
 #[derive(Debug, Clone, Copy)]
 pub struct Before {
     exec_start_ns: u64,
+    run_ns: u64,
     voluntary_switches: u64,
     cpu: u32,
 }
@@ -63,6 +82,32 @@ struct Known {
     /// Where it goes on, and its arguments: another call of the same thread differs in one of them, or was not
     /// interrupted yet and says itself what it is.
     place: (u64, [u64; 6]),
+    /// How often the thread had gone to sleep, and how long it had run, when it was let go in a call that is made again.
+    let_go: Option<(u64, u64)>,
+}
+
+/// A thread that has run no longer than this since it was let go has made its call again and nothing else.
+const MADE_AGAIN_WITHIN_NS: u64 = 100_000;
+
+impl Known {
+    /// How often the thread has gone to sleep since it was let go, if it has done nothing but that; `stops` times because
+    /// it was stopped.
+    fn slept(&self, now: Before, stops: u64) -> Option<u64> {
+        let (switches, run_ns) = self.let_go?;
+        let slept = now.voluntary_switches.checked_sub(switches + stops)?;
+        (slept <= 1 && now.run_ns.saturating_sub(run_ns) <= MADE_AGAIN_WITHIN_NS).then_some(slept)
+    }
+}
+
+/// Where a thread is that was let go in a call which is made again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// It has not come to the call yet.
+    OnItsWay,
+    /// In that call.
+    InIt,
+    /// It has done something else since.
+    Elsewhere,
 }
 
 /// Known sleeps, by the thread's number on this machine. The kernel tells nobody which call a restarted one was.
@@ -88,11 +133,13 @@ impl Sleeps {
 
     /// What a stopped thread sleeps in, if it does.
     pub fn find(&mut self, process: i32, tid: i32, registers: &Registers, memory: &File) -> Option<Sleep> {
-        if registers.rax as i64 != ERESTART_RESTARTBLOCK {
-            return None;
-        }
         let now = monotonic_ns();
         let arguments = arguments_of(registers);
+        match registers.rax as i64 {
+            ERESTART_RESTARTBLOCK => {}
+            ERESTARTNOHAND => return select_left(registers, memory),
+            _ => return None,
+        }
         let (number, ends_ns) = match (registers.orig_rax as i64, known(tid, registers)) {
             (SYS_RESTART, Some(known)) => (known.number, known.ends_ns),
             // Somebody else interrupted it before us (SIGSTOP, a debugger): as long as possible is safest.
@@ -110,18 +157,37 @@ impl Sleeps {
         })
     }
 
-    fn ends(&mut self, process: i32, tid: i32, number: i64, arguments: [u64; 6], now: u64, memory: &File) -> u64 {
-        let timespec = |address: u64| {
-            let mut bytes = [0u8; 16];
-            memory.read_exact_at(&mut bytes, address).ok()?;
-            let (seconds, nanos) = bytes.split_at(8);
-            let word = |b: &[u8]| b.try_into().map(u64::from_le_bytes).ok();
-            Some(
-                word(seconds)?
-                    .saturating_mul(1_000_000_000)
-                    .saturating_add(word(nanos)?),
-            )
+    /// Registers with which a stopped thread makes the call again that the stop has ended, or that it was about to make
+    /// again after the stop before.
+    pub fn again(&self, process: i32, tid: i32, registers: &Registers) -> Option<Registers> {
+        ended::made_again(registers).or_else(|| {
+            let known = known(tid, registers)?;
+            let on_its_way = known.number == registers.rax as i64 && registers.orig_rax == u64::MAX;
+            (on_its_way && known.slept(read_sched(process, tid)?, 1) == Some(0)).then_some(*registers)
+        })
+    }
+
+    /// As [`Sleeps::find`], for a stopped thread that makes a call again with these registers.
+    pub fn find_ended(&mut self, process: i32, tid: i32, again: &Registers, memory: &File) -> Option<Sleep> {
+        let (number, arguments, now) = (again.rax as i64, arguments_of(again), monotonic_ns());
+        let length = ended::length_ns(process, number, arguments, memory)?;
+        // The very one that was made again before?
+        let sched = read_sched(process, tid);
+        let is_same = |known: &Known| known.number == number && sched.and_then(|now| known.slept(now, 1)).is_some();
+        let ends_ns = match known(tid, again).filter(is_same) {
+            Some(known) => known.ends_ns,
+            None => self.began(process, tid, now).saturating_add(length),
         };
+        remember(tid, again, number, ends_ns);
+        Some(Sleep {
+            number,
+            arguments,
+            remaining_ns: ends_ns.saturating_sub(now),
+        })
+    }
+
+    fn ends(&mut self, process: i32, tid: i32, number: i64, arguments: [u64; 6], now: u64, memory: &File) -> u64 {
+        let timespec = |address: u64| ended::timespec(memory, address);
         let (length, remainder) = match number {
             SYS_NANOSLEEP => (timespec(arguments[0]), arguments[1]),
             SYS_CLOCK_NANOSLEEP => (timespec(arguments[2]), arguments[3]),
@@ -189,7 +255,66 @@ pub fn remember(tid: i32, registers: &Registers, number: i64, ends_ns: u64) {
         known.retain(|tid, _| ProcDir::process(*tid).path("stat").exists());
     }
     let place = (registers.rip, arguments_of(registers));
-    known.insert(tid, Known { number, ends_ns, place });
+    let known_sleep = Known {
+        number,
+        ends_ns,
+        place,
+        let_go: None,
+    };
+    known.insert(tid, known_sleep);
+}
+
+/// A stopped thread is about to be let go, in a call that is made again and was [remembered](remember): its end is seen to.
+pub fn let_go(process: i32, tid: i32) {
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(known) = known.get_mut(&tid).filter(|known| ended::is_one(known.number)) {
+        known.let_go = read_sched(process, tid).map(|sched| (sched.voluntary_switches, sched.run_ns));
+        waker::schedule(process, tid, known.ends_ns);
+    }
+}
+
+/// Is a thread, which runs, still in the call that ends then?
+pub fn is_still_in(process: i32, tid: i32, ends_ns: u64) -> Whereabouts {
+    let known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner).get(&tid).copied();
+    let known = known.filter(|known| known.ends_ns == ends_ns);
+    let (Some(known), Some(sched)) = (known, read_sched(process, tid)) else {
+        return Whereabouts::Elsewhere;
+    };
+    let in_call = || {
+        let text = ProcDir::thread(process, tid).text("syscall").ok()?;
+        let mut words = text.split_ascii_whitespace();
+        let number: i64 = words.next()?.parse().ok()?;
+        let mut rest = words.map(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16));
+        let arguments: Vec<u64> = rest.by_ref().take(6).collect::<Result<_, _>>().ok()?;
+        let rip = rest.nth(1)?.ok()?;
+        let place = (rip.checked_sub(2)?, arguments.try_into().ok()?);
+        Some(number == known.number && place == known.place)
+    };
+    match known.slept(sched, 0) {
+        Some(0) => Whereabouts::OnItsWay,
+        Some(_) if in_call() == Some(true) => Whereabouts::InIt,
+        Some(_) | None => Whereabouts::Elsewhere,
+    }
+}
+
+/// Is this, in which a thread was stopped, the call that ends then?
+pub fn is_remembered(tid: i32, again: &Registers, ends_ns: u64) -> bool {
+    known(tid, again).is_some_and(|known| known.number == again.rax as i64 && known.ends_ns == ends_ns)
+}
+
+/// What the kernel itself has noted for the program of the time that is left.
+fn select_left(registers: &Registers, memory: &File) -> Option<Sleep> {
+    let (number, arguments) = (registers.orig_rax as i64, arguments_of(registers));
+    let address = select_limit(number, arguments).filter(|address| *address != 0)?;
+    let mut bytes = [0u8; 16];
+    memory.read_exact_at(&mut bytes, address).ok()?;
+    let [seconds, part] = [0, 8].map(|at| bytes[at..at + 8].try_into().map_or(0, u64::from_le_bytes));
+    let nanos = part.saturating_mul(select_unit_ns(number));
+    Some(Sleep {
+        number,
+        arguments,
+        remaining_ns: seconds.saturating_mul(1_000_000_000).saturating_add(nanos),
+    })
 }
 
 /// The call's number where the code before it is as compilers write it: `mov eax, NUMBER; syscall`.
@@ -202,17 +327,6 @@ fn number_in_code(rip: u64, memory: &File) -> Option<i64> {
     Some(i64::from(i32::from_le_bytes([a, b, c, d])))
 }
 
-/// Registers with which a call that the stop itself ended is made again.
-pub fn made_again(registers: &Registers) -> Option<Registers> {
-    let number = registers.orig_rax as i64;
-    (registers.rax as i64 == EINTR && ENDED_BY_A_STOP.contains(&number)).then(|| Registers {
-        rax: registers.orig_rax,
-        orig_rax: u64::MAX,
-        rip: registers.rip - 2,
-        ..*registers
-    })
-}
-
 /// CLOCK_MONOTONIC of this process, nanoseconds.
 pub fn monotonic_ns() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
@@ -221,15 +335,18 @@ pub fn monotonic_ns() -> u64 {
 
 fn read_sched(process: i32, tid: i32) -> Option<Before> {
     let dir = ProcDir::thread(process, tid);
-    let (exec_start_ns, voluntary_switches) = parse_sched(&dir.text("sched").ok()?)?;
+    let (exec_start_ns, run_ns, voluntary_switches) = parse_sched(&dir.text("sched").ok()?)?;
     Some(Before {
         exec_start_ns,
+        run_ns,
         voluntary_switches,
         cpu: dir.stat().ok()?.processor,
     })
 }
 
-fn parse_sched(text: &str) -> Option<(u64, u64)> {
+/// The scheduler's record of a thread: when it was last on a CPU, how long it has been on one (nanoseconds), how often it
+/// went to sleep.
+fn parse_sched(text: &str) -> Option<(u64, u64, u64)> {
     let value = |key: &str| {
         text.lines()
             .find(|l| l.starts_with(key))?
@@ -237,9 +354,15 @@ fn parse_sched(text: &str) -> Option<(u64, u64)> {
             .next()
             .map(str::trim)
     };
-    let (millis, nanos) = value("se.exec_start")?.split_once('.')?;
-    let exec_start = millis.parse::<u64>().ok()? * 1_000_000 + nanos.parse::<u64>().ok()?;
-    Some((exec_start, value("nr_voluntary_switches")?.parse().ok()?))
+    let time = |key: &str| {
+        let (millis, nanos) = value(key)?.split_once('.')?;
+        Some(millis.parse::<u64>().ok()? * 1_000_000 + nanos.parse::<u64>().ok()?)
+    };
+    Some((
+        time("se.exec_start")?,
+        time("se.sum_exec_runtime")?,
+        value("nr_voluntary_switches")?.parse().ok()?,
+    ))
 }
 
 #[cfg(test)]
@@ -249,7 +372,8 @@ mod tests {
     #[test]
     fn sched_is_read() {
         let text = "cat (1733, #threads: 1)\n---\nse.exec_start             :        971156.978116\n\
+                    se.sum_exec_runtime       :             1.000020\n\
                     nr_voluntary_switches     :                    7\n";
-        assert_eq!(parse_sched(text), Some((971_156_978_116, 7)));
+        assert_eq!(parse_sched(text), Some((971_156_978_116, 1_000_020, 7)));
     }
 }

@@ -7,7 +7,7 @@ use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{Pid, RunId};
 use dunlin_proto::image::DescriptionKind;
 use dunlin_sys::procfs::ProcDir;
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -22,7 +22,11 @@ pub struct Surroundings<'a> {
     pub moving: Vec<i32>,
     /// Host numbers and PIDs of all other processes of the nest.
     pub staying: Vec<(i32, Pid)>,
+    /// Host numbers of all that hold nothing of a program's: surrogates, keepers.
+    others: Vec<i32>,
     holders: OnceCell<HashMap<(u64, u64), Pid>>,
+    /// Those that came since, and what they hold.
+    newcomers: RefCell<HashMap<i32, Vec<(u64, u64)>>>,
 }
 
 impl<'a> Surroundings<'a> {
@@ -31,12 +35,35 @@ impl<'a> Surroundings<'a> {
         identify: &'a dyn Fn(BorrowedFd<'_>) -> Option<(RunId, u8)>,
         moving: Vec<i32>,
         staying: Vec<(i32, Pid)>,
+        others: Vec<i32>,
     ) -> Surroundings<'a> {
         Surroundings {
             identify,
             moving,
             staying,
+            others,
             holders: OnceCell::new(),
+            newcomers: RefCell::default(),
+        }
+    }
+
+    /// A frozen process has this child. If it forked it since we looked, and what that one has forked since, it stays too,
+    /// and has its parent's descriptors.
+    pub fn meet(&self, host: i32) {
+        let is_known = self.moving.contains(&host)
+            || self.others.contains(&host)
+            || self.staying.iter().any(|(other, _)| *other == host)
+            || self.newcomers.borrow().contains_key(&host);
+        if is_known {
+            return;
+        }
+        self.newcomers.borrow_mut().insert(host, held(host));
+        let dir = ProcDir::process(host);
+        for tid in dir.threads().unwrap_or_default() {
+            let children = dir.text(&format!("task/{tid}/children")).unwrap_or_default();
+            for child in children.split_ascii_whitespace().filter_map(|n| n.parse().ok()) {
+                self.meet(child);
+            }
         }
     }
 
@@ -49,11 +76,22 @@ impl<'a> Surroundings<'a> {
     /// on the safe side).
     pub fn shared_outside(&self, _host: i32, link: &Path) -> io::Result<bool> {
         let meta = std::fs::metadata(link)?;
-        Ok(self.holders().contains_key(&(meta.dev(), meta.ino())))
+        let file = (meta.dev(), meta.ino());
+        let newly = self.newcomers.borrow().values().any(|held| held.contains(&file));
+        Ok(newly || self.holders().contains_key(&file))
     }
 
     /// A process that stays and has this pipe open.
     pub fn pipe_outside(&self, inode: u64) -> io::Result<Option<Pid>> {
+        let newcomers = self.newcomers.borrow();
+        let newly = newcomers
+            .iter()
+            .find(|(_, held)| held.iter().any(|(_, ino)| *ino == inode));
+        if let Some((host, _)) = newly {
+            let status = ProcDir::process(*host).status();
+            let pid = status.ok().and_then(|status| status.ns_pids.last().copied());
+            return Ok(Some(Pid(pid.unwrap_or(0))));
+        }
         Ok(self
             .holders()
             .iter()
@@ -78,15 +116,19 @@ impl<'a> Surroundings<'a> {
         self.holders.get_or_init(|| {
             let mut holders = HashMap::new();
             for (host, pid) in &self.staying {
-                let dir = ProcDir::process(*host);
-                // A process that has ended meanwhile holds nothing.
-                for number in dir.numbers("fd").unwrap_or_default() {
-                    if let Ok(meta) = std::fs::metadata(dir.path(&format!("fd/{number}"))) {
-                        holders.insert((meta.dev(), meta.ino()), *pid);
-                    }
-                }
+                holders.extend(held(*host).into_iter().map(|file| (file, *pid)));
             }
             holders
         })
     }
+}
+
+/// What a process has open: devices and inodes. One that has ended meanwhile holds nothing.
+fn held(host: i32) -> Vec<(u64, u64)> {
+    let dir = ProcDir::process(host);
+    let numbers = dir.numbers("fd").unwrap_or_default();
+    let metas = numbers
+        .into_iter()
+        .filter_map(|number| std::fs::metadata(dir.path(&format!("fd/{number}"))).ok());
+    metas.map(|meta| (meta.dev(), meta.ino())).collect()
 }

@@ -26,6 +26,10 @@ pub struct FrozenThread {
     pub mask: u64,
     /// What it sleeps in.
     pub sleep: Option<Sleep>,
+    /// When that was found out.
+    pub settled_ns: u64,
+    /// It was in a call that is made again.
+    pub is_ended: bool,
 }
 
 /// Registers as 27 words, in the order of `user_regs_struct`.

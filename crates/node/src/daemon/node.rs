@@ -99,7 +99,14 @@ impl Node {
         match self.mover.whereabouts(pid) {
             Whereabouts::EachNodesOwn => Ok(Place::Nowhere),
             Whereabouts::Known(place) if place.node() != self.slot => Ok(Place::At(place.node())),
-            Whereabouts::Known(_) => Ok(self.ended_here(pid)),
+            Whereabouts::Known(_) => match self.ended_here(pid) {
+                // It was arriving, and has come meanwhile.
+                Place::Nowhere => Ok(self
+                    .here(pid)
+                    .map_err(nest_failure)?
+                    .map_or(Place::Nowhere, Place::Here)),
+                ended => Ok(ended),
+            },
             Whereabouts::AskHome { home, .. } => self.ask_home(home, pid),
         }
     }

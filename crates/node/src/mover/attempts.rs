@@ -2,10 +2,11 @@
 //!
 //! A program goes on while it is looked at: it closes the journal that was about to be looked for on the other node, a
 //! child of a tree ends, another one is forked. Owns the decision whether to ask again; refuses to know how a move is
-//! made. Invariants: what stays in the way is told after [`SAME`] attempts; nothing is asked again after [`LONGEST`];
-//! a node that does not answer is not asked again.
+//! made. Invariants: what stays in the way is told after [`SAME`] attempts, what goes away by its nature ([`READING`]) after
+//! [`LONGEST`]; nothing is asked again after that; a node that does not answer is not asked again.
 
 use super::outgoing::MoveOutcome;
+use crate::obstacle::READING;
 use dunlin_proto::control::FailureKind;
 use std::time::{Duration, Instant};
 
@@ -42,7 +43,8 @@ impl Attempts {
             MoveOutcome::Failed(failure) => failure.message.clone(),
             MoveOutcome::Refused(obstacles) => format!("{obstacles:?}"),
         };
-        self.same = if words == self.last { self.same + 1 } else { 1 };
+        let stays = words == self.last && !words.contains(READING);
+        self.same = if stays { self.same + 1 } else { 1 };
         self.last = words;
         if self.same >= SAME || self.started.elapsed() > LONGEST {
             return None;
@@ -81,6 +83,15 @@ mod tests {
             assert!(attempts.next(&one).is_some());
         }
         assert_eq!(attempts.next(&one), None);
+    }
+
+    #[test]
+    fn a_reader_is_waited_for() {
+        let mut attempts = Attempts::new();
+        let reading = failed(FailureKind::MoveFailed, READING);
+        for _ in 0..2 * SAME {
+            assert!(attempts.next(&reading).is_some());
+        }
     }
 
     #[test]

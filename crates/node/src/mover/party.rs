@@ -125,11 +125,15 @@ impl Mover {
         party: &[(Pid, i32)],
     ) -> Surroundings<'a> {
         let moving: Vec<i32> = party.iter().map(|(_, host)| *host).collect();
-        let staying = self
-            .neighbours()
-            .into_iter()
-            .filter(|(host, pid)| !moving.contains(host) && pid.0 > 1 && self.hidden.kind(*pid).is_none());
-        Surroundings::new(identify, moving.clone(), staying.collect())
+        let (mut staying, mut others) = (Vec::new(), Vec::new());
+        for (host, pid) in self.neighbours() {
+            if !moving.contains(&host) && pid.0 > 1 && self.hidden.kind(pid).is_none() {
+                staying.push((host, pid));
+            } else {
+                others.push(host);
+            }
+        }
+        Surroundings::new(identify, moving, staying, others)
     }
 
     /// All processes of the nest: host numbers and PIDs.
@@ -241,6 +245,6 @@ pub(super) fn children_of(host: i32) -> Vec<(Pid, i32)> {
     children
 }
 
-fn has_ended(host: i32) -> bool {
+pub(super) fn has_ended(host: i32) -> bool {
     ProcDir::process(host).status().is_ok_and(|status| status.state == 'Z') || !ProcDir::process(host).path("").exists()
 }

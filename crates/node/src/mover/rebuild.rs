@@ -92,7 +92,11 @@ impl Incoming {
         }
         for (index, process) in processes.into_iter().enumerate() {
             let place = self.places[index].place;
-            let offsets = [0, 1].map(|i| process.clock_offsets_ns[i] + ahead[i]);
+            let offsets = [0, 1].map(|i| {
+                let (least, most) = ahead[i];
+                let own = process.clock_offsets_ns[i];
+                (own + least, own + most)
+            });
             let blank =
                 self.with_kit(|_, kit| Blank::prepare(place.host, !place.stood_before, &process.plan, offsets, kit))?;
             self.blanks.push(blank);
@@ -277,20 +281,25 @@ impl Mover {
         })
     }
 
-    /// How far the monotonic clocks of a node are ahead of ours, at most, nanoseconds. Each question gives a bound that is too
-    /// high by the time until it was answered, which would add up over many moves: the fastest of several counts.
-    fn clocks_ahead(&self, of: Slot) -> io::Result<[i64; 2]> {
+    /// How far the monotonic clocks of a node are ahead of ours, nanoseconds: at least, at most. An answer was given between
+    /// its question and its arrival; of several, what fits them all.
+    fn clocks_ahead(&self, of: Slot) -> io::Result<[(i64, i64); 2]> {
         const QUESTIONS: usize = 8;
-        let mut least = [i64::MAX; 2];
+        let mut bounds = [(i64::MIN, i64::MAX); 2];
         for _ in 0..QUESTIONS {
             let before = raw_clocks();
-            match self.peers.call(of, &PeerRequest::Clocks) {
-                Ok(PeerReply::Clocks(theirs)) => least = [0, 1].map(|i| least[i].min(theirs[i] - before[i])),
+            let theirs = match self.peers.call(of, &PeerRequest::Clocks) {
+                Ok(PeerReply::Clocks(theirs)) => theirs,
                 Ok(_) => return Err(io::Error::other("the source gave an answer to another question")),
                 Err(error) => return Err(io::Error::other(error)),
-            }
+            };
+            let after = raw_clocks();
+            bounds = [0, 1].map(|i| {
+                let (least, most): (i64, i64) = bounds[i];
+                (least.max(theirs[i] - after[i]), most.min(theirs[i] - before[i]))
+            });
         }
-        Ok(least)
+        Ok(bounds)
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Owns the rule. A process that lives here (or will, or has its home here) needs its ancestors, its group's and its
 //! session's leader as they are at its own home; one that came by a move also needs the children it left behind, to wait
-//! for them; a keeper needs the leaders of the group and session that it is in. Refuses to know how a surrogate is made.
+//! for them; one that has ended needs its parent, to see it; a keeper needs the leaders of the group and session that it is in. Refuses to know how a surrogate is made.
 //! Invariant: while a process arrives nothing is ended, since what it needs is not yet written down.
 
 use super::{Mover, lock};
@@ -135,6 +135,10 @@ impl Mover {
             };
             if anchor {
                 anchors.push(pid);
+            }
+            // Its parent has yet to see its end, or to tell of it where the parent is now.
+            if task.ended && self.hidden.kind(pid).is_none() {
+                needed.insert(task.parent);
             }
             // While a keeper is in them, the numbers of its group and session are taken: if their leaders ended, they could
             // not be made again.

@@ -44,6 +44,8 @@ pub struct Blank {
     pub(super) threads: BTreeMap<Pid, i32>,
     /// Sleeps that were over before the thread could fall asleep again: their answers, by host number.
     pub(super) slept: BTreeMap<i32, i64>,
+    /// Limits that select(2) and its like read from memory: address, the call, when it ends (CLOCK_MONOTONIC).
+    pub(super) limits: Vec<(u64, i64, u64)>,
     /// The registers that each thread gets when it may run, by host number.
     pub(super) loaded: BTreeMap<i32, Registers>,
     options: Options,
@@ -65,13 +67,14 @@ pub struct Resumed {
 impl Blank {
     /// Does everything that can be done before the freeze in the surrogate (or fresh blank) whose host number is given.
     ///
+    /// `clock_offsets_ns`: how far its clocks must be ahead of this daemon's, at least and at most.
     /// `expendable`: it dies with this daemon until it is resumed; not so for an entry that stands for a process that
     /// runs elsewhere.
     pub fn prepare(
         host: i32,
         expendable: bool,
         plan: &Plan,
-        clock_offsets_ns: [i64; 2],
+        clock_offsets_ns: [(i64, i64); 2],
         kit: &mut Kit<'_>,
     ) -> Result<Blank, RestoreError> {
         let pid = plan.image.lineage.pid;
@@ -122,6 +125,7 @@ impl Blank {
             uffd,
             threads: BTreeMap::from([(pid, host)]),
             slept: BTreeMap::new(),
+            limits: Vec::new(),
             loaded: BTreeMap::new(),
             options,
         };
@@ -339,7 +343,7 @@ fn execute_program(
     host: i32,
     thread: Stopped,
     plan: &Plan,
-    clock_offsets_ns: [i64; 2],
+    clock_offsets_ns: [(i64, i64); 2],
     kit: &mut Kit<'_>,
 ) -> Result<Stopped, RestoreError> {
     let exe = open_same(
@@ -390,18 +394,19 @@ fn execute_program(
 }
 
 /// Gives the blank a time namespace of its own, entered by the exec, if its clocks would not go on where the process's
-/// clocks are. See time_namespaces(7).
-fn set_clocks(pid: Pid, dir: &ProcDir, thread: Stopped, at: u64, wanted_ns: [i64; 2]) -> Result<Stopped, RestoreError> {
+/// clocks are, as far as that could be measured. See time_namespaces(7).
+fn set_clocks(
+    pid: Pid,
+    dir: &ProcDir,
+    thread: Stopped,
+    at: u64,
+    bounds_ns: [(i64, i64); 2],
+) -> Result<Stopped, RestoreError> {
     const SYS_UNSHARE: i64 = 272;
     const CLONE_NEWTIME: u64 = 0x80;
-    // What the question took the clocks' owner to answer, and less than any freeze.
-    const TOLERANCE_NS: i64 = 500_000;
     let now = crate::capture::clock_offsets(dir);
-    if now
-        .iter()
-        .zip(wanted_ns)
-        .all(|(now, wanted)| (now - wanted).abs() < TOLERANCE_NS)
-    {
+    let wanted_ns = [0, 1].map(|i| fitting(now[i], bounds_ns[i]));
+    if now == wanted_ns {
         return Ok(thread);
     }
     let (thread, answer) = thread
@@ -435,6 +440,16 @@ fn set_clocks(pid: Pid, dir: &ProcDir, thread: Stopped, at: u64, wanted_ns: [i64
     let text = line("monotonic", wanted_ns[0] + own_monotonic) + &line("boottime", wanted_ns[1] + own_boottime);
     std::fs::write(dir.path("timens_offsets"), text).during(pid, "setting its clocks")?;
     Ok(thread)
+}
+
+/// The offset a clock gets that was measured to be between `least` and `most`: the one that is there if it may be the
+/// right one, so that nothing adds up over many moves; else the likeliest.
+fn fitting(now: i64, (least, most): (i64, i64)) -> i64 {
+    if (least..=most).contains(&now) {
+        now
+    } else {
+        least + (most - least) / 2
+    }
 }
 
 /// Has descriptors installed through a stopped thread.
@@ -492,4 +507,17 @@ fn check_sound(pid: Pid, image: &ProcessImage) -> Result<(), RestoreError> {
         return unsound("a part of it is missing");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fitting;
+
+    #[test]
+    fn a_clock_that_may_be_right_is_left_alone() {
+        assert_eq!(fitting(0, (-200_000, 3_000_000)), 0);
+        assert_eq!(fitting(0, (1_000, 3_000)), 2_000);
+        assert_eq!(fitting(5_000, (1_000, 3_000)), 2_000);
+        assert_eq!(fitting(-7, (-9, -9)), -9);
+    }
 }

@@ -4,13 +4,16 @@
 //! OS thread until [`resume`] lets go of all of them.
 
 use super::{Blank, During, Kit, RestoreError, mappings, signals, sleeper};
-use crate::capture::{SCRIPT_MASK, Trap, clocks, from_words, monotonic_ns, remember};
+use crate::capture::{
+    SCRIPT_MASK, Trap, clocks, from_words, let_go, monotonic_ns, remember, select_limit, select_unit_ns,
+};
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Essence, Sleep, ThreadImage};
 use dunlin_sys::inspect;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::Stopped;
 use dunlin_sys::script::{Held, Script};
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 const SYS_CLONE: i64 = 56;
@@ -126,6 +129,10 @@ pub fn load(blank: &mut Blank, essence: &Essence, kit: &Kit<'_>) -> Result<(), R
             };
             let host = host_of(blank, thread)?;
             let ends_ns = monotonic_ns() + sleep.remaining_ns;
+            if let Some(address) = select_limit(sleep.number, sleep.arguments) {
+                blank.limits.push((address, sleep.number, ends_ns));
+                continue;
+            }
             if let Some(answer) = sleeper::fall_asleep(blank, host, sleep)? {
                 blank.slept.insert(host, answer);
             } else if let Some(registers) = from_words(&thread.registers) {
@@ -247,6 +254,7 @@ pub fn resume(blank: &Blank, essence: &Essence) -> Result<(), RestoreError> {
             .set_signal_mask(thread.mask)
             .during(pid, "setting the signal mask")
     };
+    lower_limits(blank, essence);
     // The loop goes when none but the first is in it.
     let (leaders, others): (Vec<_>, Vec<_>) = essence.threads.iter().partition(|thread| thread.tid == pid);
     others.into_iter().try_for_each(last_stores)?;
@@ -267,11 +275,30 @@ pub fn resume(blank: &Blank, essence: &Essence) -> Result<(), RestoreError> {
         .copied()
         .filter(|host| *host != leader.tid())
         .collect();
+    for thread in essence.threads.iter().filter(|thread| thread.sleep.is_some()) {
+        let_go(blank.host, host_of(blank, thread)?);
+    }
     leader.detach(0).during(pid, "letting it run")?;
     for host in hosts {
         Stopped::assume(host).detach(0).during(pid, "letting it run")?;
     }
     Ok(())
+}
+
+/// select(2) and its like begin anew with what the kernel noted when they were stopped: time has passed since.
+fn lower_limits(blank: &Blank, essence: &Essence) {
+    let now = monotonic_ns();
+    for (address, number, ends_ns) in &blank.limits {
+        let left = ends_ns.saturating_sub(now);
+        let (seconds, nanos) = (left / 1_000_000_000, left % 1_000_000_000);
+        let words = [seconds, nanos / select_unit_ns(*number)].map(u64::to_le_bytes);
+        // One whose page is elsewhere would keep all threads waiting for it.
+        if is_here(essence, [*address, 16, 0])
+            && let Err(error) = blank.memory.write_all_at(&words.concat(), *address)
+        {
+            tracing::debug!(%error, "a select(2) takes longer by the length of the freeze");
+        }
+    }
 }
 
 fn host_of(blank: &Blank, thread: &ThreadImage) -> Result<i32, RestoreError> {

@@ -37,6 +37,12 @@ pub struct Status {
     pub ignored: u64,
     /// Caught signals.
     pub caught: u64,
+    /// Blocked signals.
+    pub blocked: u64,
+    /// Signals that are pending for the thread.
+    pub pending: u64,
+    /// Signals that are pending for its process.
+    pub process_pending: u64,
     /// How many seccomp filters it has (`None` before Linux 5.9).
     pub seccomp_filters: Option<u32>,
     /// Transparent huge pages may be used.
@@ -84,6 +90,9 @@ impl Status {
             "NoNewPrivs" => self.no_new_privs = value == "1",
             "SigIgn" => self.ignored = hex(value)?,
             "SigCgt" => self.caught = hex(value)?,
+            "SigBlk" => self.blocked = hex(value)?,
+            "SigPnd" => self.pending = hex(value)?,
+            "ShdPnd" => self.process_pending = hex(value)?,
             "Seccomp_filters" => self.seccomp_filters = Some(value.parse().ok()?),
             "THP_enabled" => self.thp_enabled = value == "1",
             "VmLck" => self.locked_kib = value.strip_suffix(" kB")?.trim().parse().ok()?,
