@@ -206,6 +206,15 @@ impl Lab {
         }
     }
 
+    /// The daemon of a node, if it lives.
+    #[track_caller]
+    pub fn daemon(&self, node: &str) -> Option<Identity> {
+        let file = self.layout.node_dir(node).join("daemon.pid");
+        let text = std::fs::read_to_string(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+        let pid = text.split_ascii_whitespace().next().and_then(|n| n.parse().ok());
+        Identity::of(pid.unwrap_or_else(|| panic!("{}: {text}", file.display()))).filter(|daemon| daemon.is_alive())
+    }
+
     /// Sends a signal to a node's daemon; after SIGKILL, waits until it is gone.
     #[track_caller]
     pub fn signal_daemon(&self, node: &str, signal: i32) {
@@ -225,7 +234,54 @@ impl Lab {
     /// Starts a node's daemon again, in its namespace, and waits until it answers and sees its peers.
     #[track_caller]
     pub fn start_daemon(&self, node: &str) {
-        let started = crate::up::start_again(&self.layout, &self.program, node);
+        self.start_daemon_with(node, None);
+    }
+
+    /// Like [`Lab::start_daemon`]; it dies, as if by `kill -9`, after so many steps (`dunlin_sys::fuse`).
+    #[track_caller]
+    pub fn start_daemon_with_fuse(&self, node: &str, steps: u64) {
+        self.start_daemon_with(node, Some(steps));
+    }
+
+    /// Starts several that may need each other to be ready.
+    #[track_caller]
+    pub fn start_daemons(&self, nodes: &[&str]) {
+        std::thread::scope(|scope| {
+            for node in nodes {
+                scope.spawn(|| self.start_daemon_with(node, None));
+            }
+        });
+    }
+
+    /// How many bytes have come to a node by now.
+    #[track_caller]
+    pub fn received_bytes(&self, node: &str) -> u64 {
+        let daemon = self.daemon(node).unwrap_or_else(|| panic!("{node} has no daemon"));
+        let text = std::fs::read_to_string(format!("/proc/{}/net/dev", daemon.pid)).unwrap_or_default();
+        let received = |line: &str| {
+            line.split_once(':')?
+                .1
+                .split_ascii_whitespace()
+                .next()?
+                .parse::<u64>()
+                .ok()
+        };
+        text.lines().filter_map(received).sum()
+    }
+
+    /// Waits until so many more bytes have come to a node than it had received.
+    #[track_caller]
+    pub fn until_received(&self, node: &str, bytes: u64) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.received_bytes(node) < bytes {
+            assert!(Instant::now() < deadline, "{node} does not receive {bytes} bytes");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[track_caller]
+    fn start_daemon_with(&self, node: &str, fuse: Option<u64>) {
+        let started = crate::up::start_again(&self.layout, &self.program, node, fuse);
         let mut child = started.unwrap_or_else(|e| panic!("the daemon of {node}: {e}"));
         let socket = self.layout.control_socket(node);
         let deadline = Instant::now() + Duration::from_secs(20);
@@ -235,6 +291,9 @@ impl Lab {
                 break;
             }
             let ended = child.try_wait().expect("a child can be asked for");
+            if fuse.is_some() && ended.is_some() {
+                return;
+            }
             assert!(ended.is_none(), "the daemon of {node} ended: {ended:?}");
             assert!(
                 Instant::now() < deadline,

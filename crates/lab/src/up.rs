@@ -126,7 +126,7 @@ fn make(layout: &Layout, options: &Options) -> Result<Record, (LabError, Daemons
         links::make(layout, &record.nodes, &options.gateway)?;
         for node in &mut record.nodes {
             let group = cgroup::of_daemon(&mount, layout.name.as_str(), &node.name);
-            let child = start(layout, &options.program, &node.name, &group)?;
+            let child = start(layout, &options.program, &node.name, &group, None)?;
             node.daemon = Identity::of(child.id() as i32);
             daemons.push((node.name.clone(), child));
         }
@@ -140,14 +140,15 @@ fn make(layout: &Layout, options: &Options) -> Result<Record, (LabError, Daemons
 }
 
 /// Starts the daemon of a node that has lost its own, as [`up`] did; what is left of the node is the daemon's to find.
-pub fn start_again(layout: &Layout, program: &Path, node: &str) -> Result<Child, LabError> {
+/// With a fuse, it dies after so many steps.
+pub fn start_again(layout: &Layout, program: &Path, node: &str, fuse: Option<u64>) -> Result<Child, LabError> {
     let mount = cgroup::mount()?;
     let group = cgroup::of_daemon(&mount, layout.name.as_str(), node);
-    start(layout, program, node, &group)
+    start(layout, program, node, &group, fuse)
 }
 
 /// Starts a node's daemon, so that it depends on nothing of the caller: session, group, directory, descriptors.
-fn start(layout: &Layout, program: &Path, node: &str, group: &Path) -> Result<Child, LabError> {
+fn start(layout: &Layout, program: &Path, node: &str, group: &Path, fuse: Option<u64>) -> Result<Child, LabError> {
     let path = layout.daemon_log(node);
     let log = File::options()
         .create(true)
@@ -167,6 +168,9 @@ fn start(layout: &Layout, program: &Path, node: &str, group: &Path) -> Result<Ch
         .env_remove("DUNLIN_LAB")
         .env_remove("DUNLIN_NODE")
         .env_remove("DUNLIN_SOCKET");
+    if let Some(steps) = fuse {
+        command.env("DUNLIN_FUSE", steps.to_string());
+    }
     command.current_dir("/").stdin(Stdio::null()).stdout(log).stderr(errors);
     exec::spawn(&layout.netns_path(node), &mut command)
 }

@@ -71,15 +71,16 @@ fn a_program_that_waits_for_nothing_after_a_precopy() {
 #[test]
 fn a_destination_lost_while_memory_is_sent_ahead_leaves_it_at_the_source() {
     let (lab, workshop, run) = writer("ahead-lost", "256");
-    for (pause_ms, mode) in [(30, MoveMode::Precopy), (80, MoveMode::Hybrid)] {
+    for (mib, mode) in [(8, MoveMode::Precopy), (48, MoveMode::Hybrid)] {
         let asked = MoveRequest {
             mode,
             ..request(run.pid, "n2")
         };
+        let before = lab.received_bytes("n2");
         let outcome = std::thread::scope(|scope| {
             let moving = scope.spawn(|| lab.move_as(asked));
-            // Any moment of it will do; to send all takes longer.
-            std::thread::sleep(std::time::Duration::from_millis(pause_ms));
+            // Any part of it will do that is not all.
+            lab.until_received("n2", before + (mib << 20));
             lab.signal_daemon("n2", 9);
             moving.join().unwrap()
         });

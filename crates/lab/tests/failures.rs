@@ -5,7 +5,6 @@ mod support;
 use dunlin_lab::harness::{NotMoved, request};
 use dunlin_lab::{Lab, Options, down};
 use dunlin_proto::control::{MoveRequest, WaitFor};
-use std::time::Duration;
 use support::Workshop;
 use support::obedient::Obedient;
 
@@ -81,9 +80,11 @@ fn an_obstacle_that_is_removed_is_none_any_more() {
 fn a_destination_killed_before_the_commit_leaves_it_at_the_source() {
     let (lab, _workshop, mut program) = one("destination-dies");
     lab.signal_daemon("n2", 19);
+    let before = lab.received_bytes("n2");
     let answer = std::thread::scope(|scope| {
         let moving = scope.spawn(|| lab.move_as(request(program.pid, "n2")));
-        std::thread::sleep(Duration::from_millis(300));
+        // More than a sign of life: what is proposed lies in its socket.
+        lab.until_received("n2", before + 2048);
         lab.signal_daemon("n2", 9);
         moving.join().unwrap()
     });
@@ -100,14 +101,15 @@ fn a_destination_killed_at_any_time_leaves_one_program() {
     let (lab, _workshop, mut program) = one("dies-any-time");
     program.ask("memory = random.Random(3).randbytes(32 << 20)");
     let digest = program.ask("hashlib.sha256(memory).hexdigest()");
-    for (attempt, delay_ms) in [2u64, 5, 8, 12, 17, 25, 40, 80].into_iter().enumerate() {
+    for (attempt, kib) in [1u64, 4, 8, 32, 64, 128, 1024, 8192].into_iter().enumerate() {
         let asked = MoveRequest {
             wait: WaitFor::Resumed,
             ..request(program.pid, "n2")
         };
+        let before = lab.received_bytes("n2");
         let answer = std::thread::scope(|scope| {
             let moving = scope.spawn(|| lab.move_as(asked));
-            std::thread::sleep(Duration::from_millis(delay_ms));
+            lab.until_received("n2", before + (kib << 10));
             lab.signal_daemon("n2", 9);
             moving.join().unwrap()
         });

@@ -45,7 +45,7 @@ use dunlin_sys::procfs::limits;
 use dunlin_sys::procfs::maps::{Mapping, VmFlags};
 use dunlin_sys::procfs::status::Status;
 use dunlin_sys::ptrace::{Options, Registers, Running, Stop, Stopped, TraceError};
-use dunlin_sys::refuge::Refuge;
+use dunlin_sys::refuge::{Others, Refuge};
 use dunlin_sys::script::{Held, Script, ScriptError};
 use dunlin_sys::uffd::Uffd;
 use questions::{ProcessAnswers, ProcessQuestions};
@@ -219,7 +219,7 @@ impl Source {
                 registers: restore,
             };
             let watch = watch && filters.as_ref().is_ok_and(Vec::is_empty);
-            first_stop(thread, &held, refuge, &timers, trap, watch)
+            first_stop(thread, &held, refuge.as_ref(), &timers, trap, watch)
         });
         // Whatever came of it, the program must run on as it was.
         let thread = Stopped::assume(host);
@@ -443,14 +443,14 @@ fn unstoppable(pid: Pid, tid: i32) -> Obstacle {
 fn first_stop(
     thread: Stopped,
     held: &Held,
-    refuge: Option<Refuge>,
+    refuge: Option<&Refuge>,
     timers: &[dunlin_sys::procfs::fdinfo::PosixTimer],
     trap: Trap,
     watch: bool,
 ) -> Result<(Foothold, ProcessAnswers, Option<Uffd>), CaptureError> {
     let host = held.tid;
     if let Some(refuge) = refuge {
-        refuge.enter(&thread, host, held)?;
+        refuge.enter(&thread, host, held, Others::Run)?;
     }
     thread.set_signal_mask(SCRIPT_MASK)?;
     let (thread, foothold) = Foothold::plant(thread, host, &[])?;
@@ -496,6 +496,9 @@ fn give_up(host: i32, foothold: &Foothold, reason: CaptureError) -> CaptureError
         let mut sleeps = Sleeps::default();
         sleeps.look(host, host);
         let (thread, _) = Running::seize(host, Options::default())?.stop(Instant::now() + STOP_PATIENCE)?;
+        if !foothold.is_planted(host) {
+            return Ok(thread.detach(0)?);
+        }
         let (found, mask) = (thread.registers()?, thread.signal_mask()?);
         let memory = File::open(ProcDir::process(host).path("mem"))?;
         let again = sleeps
@@ -510,7 +513,7 @@ fn give_up(host: i32, foothold: &Foothold, reason: CaptureError) -> CaptureError
             registers,
         };
         if let Some(refuge) = Refuge::find(host, foothold.syscall_at)? {
-            refuge.enter(&thread, host, &held)?;
+            refuge.enter(&thread, host, &held, Others::Run)?;
         }
         thread.set_signal_mask(SCRIPT_MASK)?;
         let thread = foothold.uproot(thread)?;
@@ -644,10 +647,11 @@ fn placeholder(tid: Pid) -> ThreadImage {
     }
 }
 
-/// Registers of a thread that waits at the arena's park until it is told otherwise.
+/// Registers of a thread that waits at the arena's park until it is told otherwise, also after calls that it is made to do.
 pub fn parked(foothold: &Foothold, registers: &Registers) -> Registers {
     Registers {
         rip: foothold.arena.park_address(),
+        rsp: foothold.arena.landing(),
         orig_rax: u64::MAX,
         rax: 0,
         ..*registers

@@ -78,6 +78,9 @@ pub enum DaemonError {
     },
 }
 
+/// For tests: the daemon makes so many steps, and dies as if by `kill -9`. See [`dunlin_sys::fuse`].
+pub const FUSE: &str = "DUNLIN_FUSE";
+
 /// A running daemon; ends with [`Daemon::stop`].
 pub struct Daemon {
     node: Arc<Node>,
@@ -91,6 +94,9 @@ pub struct Daemon {
 pub fn run(config: NodeConfig) -> Result<(), DaemonError> {
     let state_dir = config.state_dir.clone();
     let exe = std::env::current_exe().map_err(io_error("this program's own file"))?;
+    if let Some(steps) = std::env::var(FUSE).ok().and_then(|steps| steps.parse().ok()) {
+        dunlin_sys::fuse::light(steps);
+    }
     let terminated = termination::watch().map_err(io_error("catching SIGTERM"))?;
     let daemon = Daemon::start(config, &exe)?;
     let mut polled = [

@@ -1,8 +1,8 @@
 //! Table entries of the nest's kernel: surrogates found, made and ended.
 //!
 //! Owns how a PID that stands for somebody else comes to be in this nest with the right parent, group and session, and
-//! how it ends as the process it stands for did. Refuses to know why. Invariant: a surrogate is registered with init
-//! and hidden before it can be seen.
+//! how it ends as the process it stands for did. Refuses to know why. Invariants: a surrogate is registered with init
+//! and hidden before it can be seen; one that is made to do calls is a surrogate still if this daemon dies meanwhile.
 //!
 //! A surrogate under another entry is made by that entry itself: an injected clone(2) that shares the maker's memory
 //! for the moment, and the surrogate program executed by the child.
@@ -19,6 +19,7 @@ use dunlin_proto::image::{Child, Lineage};
 use dunlin_sys::foothold::{Foothold, syscall_instruction};
 use dunlin_sys::procfs::{ProcDir, maps};
 use dunlin_sys::ptrace::{Options, Running, Stopped, TraceError};
+use dunlin_sys::surrogate;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -136,8 +137,15 @@ impl Entries {
         let writable = arena.or_else(|| mappings.iter().find(|m| m.write && !m.shared));
         let writable = writable.ok_or_else(|| io::Error::other(format!("process {pid} has no memory to write to")))?;
         let all = [0, u64::from(u32::MAX), 0, 0, 0, 0];
+        // The exec waits for the end of the other threads, and they wait to be let go.
+        for tid in dir.threads()?.into_iter().filter(|tid| *tid != host) {
+            let _ = Stopped::assume(tid).detach(0);
+        }
         let thread = Stopped::assume(host);
         thread.set_signal_mask(SCRIPT_MASK).map_err(other)?;
+        if arena.is_none() {
+            surrogate::secure(&thread, host)?;
+        }
         let (thread, _) = thread.inject(at, SYS_CLOSE_RANGE, all).map_err(other)?;
         self.execute(thread, pid, at, writable.end - 64, &dir, comm)
     }
@@ -199,10 +207,12 @@ impl Entries {
         let (thread, _) = running.stop(Instant::now() + PATIENCE).map_err(other)?;
         let mask = thread.signal_mask().map_err(other)?;
         thread.set_signal_mask(SCRIPT_MASK).map_err(other)?;
+        let before = surrogate::secure(&thread, maker)?;
         let made = self.child_of(thread, (maker, None), pid, manner, comm);
         let thread = Stopped::assume(maker);
-        thread
-            .set_signal_mask(mask)
+        before
+            .map_or(Ok(()), |before| thread.set_registers(&before))
+            .and_then(|()| thread.set_signal_mask(mask))
             .and_then(|()| thread.detach(0))
             .map_err(other)?;
         made
@@ -221,7 +231,14 @@ impl Entries {
         let at = syscall_instruction(&dir).map_err(other)?;
         let guard = self.nest.steer(pid)?;
         let arguments = [CLONE_VM | SIGCHLD, 0, 0, 0, 0, self.nest.cookie()];
+        let secured = match surrogate::is_one(maker) {
+            true => Some(surrogate::secure_for_clone(&thread)?),
+            false => None,
+        };
         let (thread, answer, child) = thread.inject_clone(at, SYS_CLONE, arguments).map_err(other)?;
+        if let Some(secured) = secured {
+            thread.set_registers(&secured).map_err(other)?;
+        }
         let _ = guard.finish()?;
         let Some(child) = child.filter(|_| answer == i64::from(pid.0)) else {
             return Err(io::Error::other(format!(
@@ -251,6 +268,9 @@ impl Entries {
         manner: Manner,
         comm: &[u8],
     ) -> io::Result<()> {
+        if surrogate::is_one(child.tid()) {
+            surrogate::secure_child(&child)?;
+        }
         child.set_signal_mask(u64::MAX).map_err(other)?;
         let child = match manner {
             Manner::AsMaker => child,
@@ -455,7 +475,11 @@ fn die_by(thread: Stopped, host: i32, at: u64, signal: i32) -> io::Result<()> {
         .set_signal_mask(!(1u64 << (signal.as_raw() - 1)))
         .map_err(other)?;
     rustix::process::kill_process(process, signal)?;
-    thread.detach(0).map_err(other)
+    match thread.detach(0) {
+        // SIGKILL does not wait for it to be let go.
+        Ok(()) | Err(TraceError::Gone { .. }) => Ok(()),
+        Err(error) => Err(other(error)),
+    }
 }
 
 /// What the kernel answers to a second tracer.

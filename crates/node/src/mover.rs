@@ -51,7 +51,7 @@ use dunlin_cluster::relocation::{Now, stray};
 use dunlin_cluster::table::Whereabouts;
 use dunlin_proto::control::ExitStatus;
 use dunlin_proto::frame;
-use dunlin_proto::ids::{Modulus, MoveId, Pid, RunId, Slot};
+use dunlin_proto::ids::{Incarnation, Modulus, MoveId, Pid, RunId, Slot};
 use dunlin_proto::relocation::{MoveMsg, Notice, SourceToDestination};
 use dunlin_sys::procfs::ProcDir;
 use links::Links;
@@ -77,6 +77,9 @@ pub trait Streams: Send + Sync {
     /// The process has come.
     fn arrived(&self, pid: Pid, streams: &[(RunId, u8)]);
 }
+
+/// The ids of a process, its incarnation, and how it ended.
+type EarlyEnd = (Vec<Pid>, Incarnation, ExitStatus);
 
 /// What a thread of a move is told.
 enum Word {
@@ -115,10 +118,14 @@ pub struct Mover {
     links: Links,
     home: Mutex<Home>,
     outbox: Mutex<Outbox>,
+    /// Held by whoever carries out what these two want kept.
+    turn: Mutex<()>,
     sources: Mutex<BTreeMap<MoveId, Sender<Word>>>,
     destinations: Mutex<BTreeMap<MoveId, Sender<Word>>>,
     /// Processes that a move of this node covers.
     busy: Mutex<BTreeMap<Pid, MoveId>>,
+    /// Processes that came and have ended before the table here had learned that they came.
+    early_ends: Mutex<BTreeMap<Pid, EarlyEnd>>,
     /// Processes that have ended elsewhere before their surrogates stood here.
     ends: Mutex<BTreeMap<Pid, ExitStatus>>,
     started: Instant,
@@ -177,9 +184,11 @@ impl Mover {
             links: Links::new(peers.clone()),
             home: Mutex::new(Home::restore(Duration::ZERO, modulus, here, ledger)),
             outbox: Mutex::new(Outbox::restore(Duration::ZERO, notices)),
+            turn: Mutex::default(),
             sources: Mutex::default(),
             destinations: Mutex::default(),
             busy: Mutex::default(),
+            early_ends: Mutex::default(),
             ends: Mutex::default(),
             started: Instant::now(),
             me: me.clone(),

@@ -32,7 +32,7 @@ use dunlin_sys::script::ScriptError;
 use rustix::fs::OFlags;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 /// Why a process could not be restored. Nothing of it has run here.
@@ -212,6 +212,8 @@ pub struct Kit<'a> {
     pub installer: &'a Installer,
     /// The nest's root directory.
     pub root: OwnedFd,
+    /// The program that surrogates run: a blank is one of them until it has a loop to wait in.
+    pub surrogate: BorrowedFd<'a>,
     /// The directories that the nodes share.
     pub shared: &'a [PathBuf],
     /// Exempts calls from the nest's filter.

@@ -162,9 +162,21 @@ impl Foothold {
         Ok(None)
     }
 
+    /// Is it still there? A program that executes another has lost it.
+    pub fn is_planted(&self, process: i32) -> bool {
+        let (code, data) = (self.arena.base(), self.arena.base() + PAGE);
+        let file = ProcDir::process(process).link(&format!("map_files/{code:x}-{data:x}"));
+        file.is_ok_and(|name| Foothold::is_arena_name(name.as_os_str().as_encoded_bytes()))
+    }
+
     /// Whether a mapping is of some foothold, by the name that only such a file has.
     pub fn is_arena(mapping: &maps::Mapping) -> bool {
-        mapping.shared && mapping.name.starts_with(b"/memfd:\x7fELF")
+        mapping.shared && Foothold::is_arena_name(&mapping.name)
+    }
+
+    /// Whether a file of this name is an arena's.
+    pub fn is_arena_name(name: &[u8]) -> bool {
+        name.starts_with(b"/memfd:\x7fELF")
     }
 
     /// Takes the loop out of the target again. No thread of it may be inside.

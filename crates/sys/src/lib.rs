@@ -9,6 +9,7 @@ pub mod bpf;
 pub mod fdpass;
 pub mod foothold;
 pub mod foreground;
+pub mod fuse;
 pub mod inspect;
 pub mod links;
 pub mod namespace;

@@ -618,6 +618,7 @@ fn request_count(
     addr: usize,
     data: usize,
 ) -> Result<usize, TraceError> {
+    crate::fuse::step();
     // SAFETY: every caller in this module passes, for its request, null, a number, or the address of a live value of
     // the type and size that ptrace(2) asks for; the kernel checks the rest.
     let answer = unsafe { libc::syscall(libc::SYS_ptrace, op as usize, tid as usize, addr, data) };

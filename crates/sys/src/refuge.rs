@@ -4,13 +4,16 @@
 //! what follows that instruction: a return to whatever lies on the stack. So what lies there is the address of an
 //! instruction that jumps to itself (two bytes, found somewhere in the program's own code), and behind it what the thread
 //! was. Owns that frame, below the red zone of the thread's stack. Refuses to be used with a `syscall` instruction that is
-//! followed by anything but a plain return. Invariant: a thread in a refuge spins, and runs nothing of the program.
+//! followed by anything but a plain return. Invariants: a thread in a refuge spins, and runs nothing of the program; where
+//! what is below the red zone may be somebody else's (Go's small stacks lie in its heap), it is written to only while all
+//! threads are stopped, and put back.
 
 use crate::procfs::{ProcDir, maps};
 use crate::ptrace::{Registers, Stopped, TraceError};
 use crate::script::Held;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 const JUMP_TO_ITSELF: [u8; 2] = [0xeb, 0xfe];
@@ -24,9 +27,36 @@ const MAX_SEARCH_BYTES: u64 = 16 << 20;
 const CHUNK_BYTES: usize = 128 << 10;
 
 /// One program's refuge.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refuge {
     door: u64,
+    /// The stack that the kernel made: nobody else's memory is there.
+    stack: Range<u64>,
+}
+
+/// What the other threads of the process do meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Others {
+    /// They run.
+    Run,
+    /// They are stopped.
+    Stopped,
+}
+
+/// Memory of the program in which a frame was laid.
+#[derive(Debug)]
+pub struct Trodden {
+    at: u64,
+    before: Vec<u8>,
+}
+
+impl Trodden {
+    /// Puts it back; when the thread has its own registers again.
+    pub fn smooth(self, process: i32) {
+        let memory = File::options().write(true).open(ProcDir::process(process).path("mem"));
+        // A process that is gone needs nothing.
+        let _ = memory.and_then(|memory| memory.write_all_at(&self.before, self.at));
+    }
 }
 
 impl Refuge {
@@ -41,6 +71,8 @@ impl Refuge {
             return Ok(None);
         }
         let mappings = maps::parse(&dir.bytes("maps")?)?;
+        let stack = mappings.iter().find(|m| m.name == b"[stack]");
+        let stack = stack.map_or(0..0, |m| m.start..m.end);
         let mut left = MAX_SEARCH_BYTES;
         let mut chunk = vec![0u8; CHUNK_BYTES];
         for mapping in mappings.iter().filter(|m| m.execute && !m.shared && m.inode != 0) {
@@ -53,6 +85,7 @@ impl Refuge {
                 if let Some(found) = chunk[..length].windows(2).position(|w| w == JUMP_TO_ITSELF) {
                     return Ok(Some(Refuge {
                         door: at + found as u64,
+                        stack,
                     }));
                 }
                 at += length as u64;
@@ -62,29 +95,45 @@ impl Refuge {
         Ok(None)
     }
 
-    /// Puts a stopped thread there, for the time of some injected calls; the caller puts its registers back.
-    pub fn enter(&self, thread: &Stopped, process: i32, held: &Held) -> Result<(), TraceError> {
+    /// Puts a stopped thread there, for the time of some injected calls; the caller puts its registers back, and then
+    /// [smooths](Trodden::smooth) what comes back. Without a place to be had, it goes without.
+    pub fn enter(
+        &self,
+        thread: &Stopped,
+        process: i32,
+        held: &Held,
+        others: Others,
+    ) -> Result<Option<Trodden>, TraceError> {
         let frame_at = (held.registers.rsp.wrapping_sub(BELOW)) & !15;
         let mut words = vec![self.door, MAGIC, held.mask];
         words.extend(held.words());
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let write = || {
-            let memory = File::options()
-                .write(true)
-                .open(ProcDir::process(process).path("mem"))?;
-            memory.write_all_at(&bytes, frame_at)
-        };
-        // Without a stack to write to, it goes without.
-        if write().is_err() {
-            return Ok(());
+        let is_free = self.stack.contains(&frame_at) && self.stack.contains(&held.registers.rsp);
+        if !is_free && others == Others::Run {
+            return Ok(None);
         }
+        let write = || -> io::Result<Option<Trodden>> {
+            let mut how = File::options();
+            let memory = how.read(true).write(true).open(ProcDir::process(process).path("mem"))?;
+            let mut door = [0u8; 2];
+            memory.read_exact_at(&mut door, self.door)?;
+            if door != JUMP_TO_ITSELF {
+                return Err(io::ErrorKind::NotFound.into());
+            }
+            let mut before = vec![0u8; bytes.len()];
+            memory.read_exact_at(&mut before, frame_at)?;
+            memory.write_all_at(&bytes, frame_at)?;
+            Ok((!is_free).then_some(Trodden { at: frame_at, before }))
+        };
+        let Ok(trodden) = write() else { return Ok(None) };
         thread.set_registers(&Registers {
             rip: self.door,
             rsp: frame_at,
             rax: 0,
             orig_rax: u64::MAX,
             ..held.registers
-        })
+        })?;
+        Ok(trodden)
     }
 
     /// What a stopped thread was before it came to a refuge; `None` if it is in none.
@@ -92,9 +141,11 @@ impl Refuge {
         let now = thread.registers()?;
         let look = || -> io::Result<Option<Held>> {
             let memory = File::open(ProcDir::process(process).path("mem"))?;
-            let mut code = [0u8; 2];
-            memory.read_exact_at(&mut code, now.rip)?;
-            if code != JUMP_TO_ITSELF {
+            let mut code = [0u8; 40];
+            memory.read_exact_at(&mut code[..2], now.rip)?;
+            let is_there = code.starts_with(&JUMP_TO_ITSELF);
+            // Or on its way: it was stopped between the call and the return.
+            if !is_there && (memory.read_exact_at(&mut code, now.rip).is_err() || !returns_plainly(&code)) {
                 return Ok(None);
             }
             for frame_at in [now.rsp, now.rsp.wrapping_sub(8)] {
@@ -106,7 +157,12 @@ impl Refuge {
                     .iter()
                     .map(|w| u64::from_le_bytes(*w))
                     .collect();
-                if words[..2] == [now.rip, MAGIC] {
+                let mut door = [0u8; 2];
+                let leads_there = match is_there {
+                    true => words[0] == now.rip,
+                    false => memory.read_exact_at(&mut door, words[0]).is_ok() && door == JUMP_TO_ITSELF,
+                };
+                if words[1] == MAGIC && leads_there {
                     return Ok(Held::from_words(thread.tid(), words[2], &words[3..]));
                 }
             }

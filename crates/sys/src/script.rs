@@ -4,7 +4,8 @@
 //! mapped by the tracer and by the target, whose first page is the loop and whose rest holds records and buffers.
 //! Refuses to know what the calls are for. Invariants: the loop never returns into the program; after every run the
 //! caller's registers are back, so that a tracer that dies leaves the thread where it was; if it dies during a run, the
-//! thread waits at the script's end; what it was is told by the arena's [held](Arena::hold) threads; a child made by a
+//! thread waits at the script's end; what it was is told by the arena's [held](Arena::hold) threads; a thread with its
+//! stack at the [landing](Arena::landing) comes to the same place from a call that is injected into it; a child made by a
 //! record marked [`Script::child_parks`] waits in `pause` for ever; records of one arena are run by one thread at a time.
 
 use crate::ptrace::{Event, Registers, Running, Stop, Stopped, TraceError};
@@ -94,6 +95,8 @@ const DONE_AT: u64 = HELD_AT + 8;
 /// So many words of the holder's own.
 pub const NOTE_WORDS: usize = 8;
 const NOTE_AT: u64 = HELD_AT + 64;
+/// A word that says where the park is, and one for it to be taken from.
+const LANDING_AT: u64 = HELD_AT + 192;
 const REGISTER_WORDS: usize = size_of::<Registers>() / 8;
 const MUST_SUCCEED: u64 = 1 << 32;
 const CHILD_PARKS: u64 = 2 << 32;
@@ -143,6 +146,7 @@ impl Arena {
         ftruncate(&memfd, ARENA_BYTES)?;
         let arena = Arena::map(memfd, base)?;
         arena.write(0, code());
+        arena.word(LANDING_AT).store(arena.park_address(), Ordering::Release);
         arena.word(HELD_AT).store(MAGIC, Ordering::Release);
         Ok(arena)
     }
@@ -229,6 +233,13 @@ impl Arena {
         std::array::from_fn(|i| self.word(NOTE_AT + 8 * i as u64).load(Ordering::Acquire))
     }
 
+    /// The first call of the script that was stored last, with its arguments, and its answer.
+    pub fn first_call(&self) -> (i64, [u64; 6], i64) {
+        let word = |i: u64| self.word(PAGE + 8 * i).load(Ordering::Acquire);
+        let arguments = std::array::from_fn(|i| word(1 + i as u64));
+        (i64::from(word(0) as u32), arguments, word(7) as i64)
+    }
+
     /// Is this address in the loop? A thread that is there does not do what it did.
     pub fn is_inside(&self, rip: u64) -> bool {
         (self.base..self.base + PAGE).contains(&rip)
@@ -258,6 +269,12 @@ impl Arena {
     /// Where a thread waits for ever, in the target.
     pub fn park_address(&self) -> u64 {
         self.base + park_offset()
+    }
+
+    /// A stack from which a plain return leads to the park: that of a parked thread, so that a call that is injected
+    /// into it ends there if its tracer dies meanwhile.
+    pub fn landing(&self) -> u64 {
+        self.base + LANDING_AT
     }
 
     /// Touches the first `bytes`, so that no first touch falls into a freeze.

@@ -3,14 +3,17 @@
 //! Owns the assembler, the minimal ELF file around it (in a sealed memfd) and the format of its reports. Refuses to know
 //! who reads them. Invariants of the program: it keeps every signal blocked, so that each is taken with its payload and
 //! none takes effect (but SIGKILL and SIGSTOP); it uses its stack and one descriptor and nothing else; its name is its
-//! first argument; while nobody reads, it waits.
+//! first argument; while nobody reads, it waits; one that is [secured](secure) begins anew if its tracer dies.
 
 use crate::fdpass;
+use crate::procfs::{ProcDir, maps};
+use crate::ptrace::{Registers, Stopped};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 
 /// The kernel's siginfo_t.
 pub type SigInfo = [u8; 128];
@@ -32,6 +35,8 @@ std::arch::global_asm!(
     ".balign 16",
     "dunlin_surrogate_start:",
     "mov r15, [rsp + 8]", // argv[0]
+    // Not 1: the assembler takes "1b" for a number.
+    "6:",
     "sub rsp, 256",
     "and rsp, -16",
     // rt_sigprocmask(SIG_SETMASK, all, 0, 8)
@@ -125,6 +130,23 @@ std::arch::global_asm!(
     "cmp rax, -4", // EINTR
     "je 5b",
     "ret",
+    // After a clone: it begins anew, and its child, which shares its stack, was never anything.
+    "dunlin_surrogate_born:",
+    "test eax, eax",
+    "jz dunlin_surrogate_unborn",
+    "dunlin_surrogate_anew:",
+    // close_range(0, ~0, 0)
+    "mov eax, 436",
+    "xor edi, edi",
+    "mov esi, -1",
+    "xor edx, edx",
+    "syscall",
+    "xor r15d, r15d",
+    "jmp 6b",
+    "dunlin_surrogate_unborn:",
+    "mov eax, 60",
+    "xor edi, edi",
+    "syscall",
     ".balign 8",
     "dunlin_surrogate_length: .long 0",
     "dunlin_surrogate_address: .space 112",
@@ -134,6 +156,9 @@ std::arch::global_asm!(
 
 unsafe extern "C" {
     static dunlin_surrogate_start: [u8; 0];
+    static dunlin_surrogate_anew: [u8; 0];
+    static dunlin_surrogate_born: [u8; 0];
+    static dunlin_surrogate_unborn: [u8; 0];
     static dunlin_surrogate_length: [u8; 0];
     static dunlin_surrogate_end: [u8; 0];
 }
@@ -186,9 +211,74 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<(i32, Report)>> {
     }
 }
 
+/// How the program is called in `/proc/PID/exe`.
+const NAME: &str = "/memfd:surrogate";
+/// Headers of the file; the code follows.
+const HEADERS: u64 = 64 + 2 * 56;
+/// How far below its stack pointer a surrogate is made to return from.
+const BELOW: u64 = 512;
+/// From the stack pointer of a secured surrogate to that for a clone, and from there to that for its child.
+const NEXT: u64 = 16;
+
+/// Does this process run the program?
+pub fn is_one(process: i32) -> bool {
+    let runs = ProcDir::process(process).link("exe").unwrap_or_default();
+    runs.as_os_str().as_encoded_bytes().starts_with(NAME.as_bytes())
+}
+
+/// Has a stopped surrogate begin anew, should its tracer die in a call that it injects (by an instruction that a plain
+/// return follows). Hands back its registers, to be put back after the last call; `None` if it is no surrogate.
+pub fn secure(thread: &Stopped, process: i32) -> io::Result<Option<Registers>> {
+    if !is_one(process) {
+        return Ok(None);
+    }
+    let dir = ProcDir::process(process);
+    let mappings = maps::parse(&dir.bytes("maps")?)?;
+    let text = mappings
+        .iter()
+        .find(|m| m.execute && m.name.starts_with(NAME.as_bytes()));
+    let Some(text) = text else { return Ok(None) };
+    // SAFETY: the symbols lie in the assembler block above.
+    let offsets = unsafe {
+        let start = (&raw const dunlin_surrogate_start).cast::<u8>();
+        [
+            (&raw const dunlin_surrogate_anew).cast::<u8>().offset_from(start) as u64,
+            (&raw const dunlin_surrogate_born).cast::<u8>().offset_from(start) as u64,
+            (&raw const dunlin_surrogate_unborn).cast::<u8>().offset_from(start) as u64,
+        ]
+    };
+    let places = offsets.map(|offset| [text.start + HEADERS + offset, 0]);
+    let words: Vec<u8> = places
+        .as_flattened()
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
+    let before = thread.registers().map_err(io::Error::other)?;
+    let rsp = before.rsp.wrapping_sub(BELOW) & !15;
+    let memory = File::options().write(true).open(dir.path("mem"))?;
+    memory.write_all_at(&words, rsp)?;
+    let secured = Registers { rsp, ..before };
+    thread.set_registers(&secured).map_err(io::Error::other)?;
+    Ok(Some(before))
+}
+
+/// Readies a secured surrogate for a clone: its child, should the tracer die, ends, as it shares the memory. Hands back
+/// its registers, for calls of other kinds.
+pub fn secure_for_clone(thread: &Stopped) -> io::Result<Registers> {
+    let before = thread.registers().map_err(io::Error::other)?;
+    let rsp = before.rsp + NEXT;
+    let secured = Registers { rsp, ..before };
+    thread.set_registers(&secured).map_err(io::Error::other)?;
+    Ok(before)
+}
+
+/// The same for the calls of that child.
+pub fn secure_child(child: &Stopped) -> io::Result<()> {
+    secure_for_clone(child).map(drop)
+}
+
 /// A static position-independent ELF executable with one read-and-execute segment: headers, code, address.
 fn image(name: &[u8]) -> io::Result<Vec<u8>> {
-    const HEADERS: u64 = 64 + 2 * 56;
     if name.len() > 107 {
         return Err(io::ErrorKind::InvalidInput.into());
     }
@@ -240,6 +330,8 @@ fn image(name: &[u8]) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::foothold::syscall_instruction;
+    use crate::ptrace::{Options, Running};
     use crate::spawn;
     use std::ffi::CString;
     use std::os::fd::AsRawFd;
@@ -261,6 +353,10 @@ mod tests {
         i32::from_ne_bytes(info[at..at + 4].try_into().unwrap())
     }
 
+    fn number_of(info: &SigInfo) -> i32 {
+        number(info, 0)
+    }
+
     /// Ends the surrogate however the test ends.
     struct Ended(i32);
 
@@ -277,9 +373,7 @@ mod tests {
         (reports(name.as_bytes()).unwrap(), program(name.as_bytes()).unwrap())
     }
 
-    #[test]
-    fn signals_arrive_with_their_payload_and_nothing_else_counts() {
-        let (socket, program) = set_up("signals");
+    fn start(program: &OwnedFd) -> (i32, Ended) {
         let argv = [CString::new("one-with-a-long-name").unwrap()];
         let child = spawn::Child {
             program: spawn::Program::File(program.as_fd()),
@@ -298,8 +392,15 @@ mod tests {
         };
         let started = spawn::start(&child, 0).unwrap();
         let pid = started.pid;
-        let _ended = Ended(pid);
+        let ended = Ended(pid);
         started.executed().unwrap();
+        (pid, ended)
+    }
+
+    #[test]
+    fn signals_arrive_with_their_payload_and_nothing_else_counts() {
+        let (socket, program) = set_up("signals");
+        let (pid, _ended) = start(&program);
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGTSTP, libc::SIGSEGV, 32, 64] {
             spawn::kill(pid, signal, 0).unwrap();
             let (from, report) = next(&socket);
@@ -331,6 +432,46 @@ mod tests {
         )
         .unwrap();
         assert_eq!(receive(&socket).unwrap(), None);
+    }
+
+    #[test]
+    fn one_whose_tracer_dies_in_an_injected_call_begins_anew() {
+        let (socket, program) = set_up("anew");
+        let (pid, _ended) = start(&program);
+        // It has begun when it answers.
+        spawn::kill(pid, libc::SIGTERM, 0).unwrap();
+        next(&socket);
+        for number in [libc::SYS_getpid, libc::SYS_close_range] {
+            std::thread::spawn(move || {
+                let soon = Instant::now() + Duration::from_secs(10);
+                let running = Running::seize(pid, Options::default()).unwrap();
+                let (thread, _) = running.stop(soon).unwrap();
+                let at = syscall_instruction(&ProcDir::process(pid)).unwrap();
+                let before = secure(&thread, pid).unwrap().unwrap();
+                let (thread, answer) = thread.inject(at, libc::SYS_getpid, [0; 6]).unwrap();
+                assert_eq!(answer, i64::from(pid));
+                // As if it had died between the call and what comes after it.
+                let secured = thread.registers().unwrap();
+                let call = Registers {
+                    rip: at,
+                    rax: number as u64,
+                    orig_rax: u64::MAX,
+                    rdi: 0,
+                    rsi: u64::from(u32::MAX),
+                    rdx: 0,
+                    ..secured
+                };
+                thread.set_registers(&call).unwrap();
+                assert_ne!(before.rsp, secured.rsp);
+            })
+            .join()
+            .unwrap();
+            spawn::kill(pid, libc::SIGUSR1, 0).unwrap();
+            let (from, Report::Signal(info)) = next(&socket) else {
+                panic!()
+            };
+            assert_eq!((from, number_of(&info)), (pid, libc::SIGUSR1));
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use dunlin_sys::foothold::Foothold;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::{Options, Registers, Running, Stop};
-use dunlin_sys::refuge::Refuge;
+use dunlin_sys::refuge::{Others, Refuge};
 use dunlin_sys::script::{Held, NOTE_WORDS, Script, ScriptError};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -174,7 +174,7 @@ fn a_thread_whose_tracer_dies_in_an_injected_call_spins_and_can_be_put_back() {
             registers: thread.registers().unwrap(),
         };
         thread.set_signal_mask(!(1 << (libc::SIGTRAP - 1))).unwrap();
-        refuge.enter(&thread, pid, &held).unwrap();
+        refuge.enter(&thread, pid, &held, Others::Run).unwrap();
         let (thread, answer) = thread.inject(at, libc::SYS_getpid, [0; 6]).unwrap();
         assert_eq!(answer, i64::from(pid));
         // As if it had died between the call and what comes after it.

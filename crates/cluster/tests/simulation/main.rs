@@ -1,13 +1,19 @@
 //! Whole clusters of pure machines under random faults, from one seed each.
 //!
-//! `world` is the network, the clock and the chaos; `node` one machine: what survives there, and the daemon that drives the
-//! cluster's state machines; `oracle` the promises, checked after every step that could break one. A failure prints its
+//! `world` is the cluster, `shared` its network and clock, `chaos` what goes on and goes wrong; `node` is one machine: what
+//! survives there, the `programs`, and the daemon that drives the cluster's state machines (`driver`); `oracle` and `checks` are
+//! the promises, looked at after every step that could break one. A failure prints its
 //! seed; `DUNLIN_SEED=n cargo test -p dunlin-cluster --test simulation one_seed -- --nocapture` shows every step of it.
 //! That the oracle bites is shown by `Mutation`: one rule of the protocol is broken in the driver, and some seed must tell.
 
+mod chaos;
+mod checks;
+mod driver;
 mod node;
 mod oracle;
+mod programs;
 mod rng;
+mod shared;
 mod world;
 
 use oracle::Mutation;
@@ -109,6 +115,16 @@ fn a_source_that_does_not_record_the_freeze_is_caught() {
 #[test]
 fn a_destination_that_does_not_record_its_question_is_caught() {
     is_caught(Mutation::DestinationKeepsNoRecord, "");
+}
+
+#[test]
+fn a_restarted_destination_that_takes_what_waits_for_running_is_caught() {
+    is_caught(Mutation::WaitingIsTakenForRunning, "");
+}
+
+#[test]
+fn a_restarted_destination_that_ends_what_waits_is_caught() {
+    is_caught(Mutation::WaitingIsDestroyed, "may run");
 }
 
 #[test]

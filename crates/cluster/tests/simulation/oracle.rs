@@ -2,8 +2,9 @@
 //!
 //! A *life* is one process from fork to exit, whatever its PID. A copy of it *may run* if it is running; or if it is parked and
 //! its move is not committed; or if it is a blank whose move is committed and has not been resumed. Promised after every
-//! step: exactly one copy of each life may run. The one exception is a blank that died with its daemon after that had asked
-//! for the commit, which is or will be granted: then the life is lost, and everyone concerned must learn that.
+//! step: exactly one copy of each life may run. The one exception is a blank that was killed (not by its daemon's death, which
+//! it outlives) after that had asked for the commit, which is or will be granted: then the life is lost, and everyone
+//! concerned must learn that.
 
 use dunlin_cluster::relocation::home::{Durable, Stage};
 use dunlin_proto::ids::{MoveId, Pid, Slot};
@@ -38,6 +39,10 @@ pub enum Mutation {
     SourceKeepsNoRecord,
     /// The destination's records are not durable.
     DestinationKeepsNoRecord,
+    /// A daemon that comes back takes copies that wait for the decision for running ones.
+    WaitingIsTakenForRunning,
+    /// A daemon that comes back ends copies that wait for the decision.
+    WaitingIsDestroyed,
     /// The source forgets the pages when the process runs elsewhere, instead of when they are drained.
     ForgetImageOnResume,
     /// The allotment is not told what is reserved.
@@ -130,18 +135,23 @@ impl Oracle {
         }
     }
 
-    /// Blanks are resumed.
-    pub fn resumed(&mut self, move_id: MoveId) -> Result<(), Violation> {
+    /// Blanks are about to be resumed.
+    pub fn may_resume(&self, move_id: MoveId) -> Result<(), Violation> {
         if self.decisions.get(&move_id) != Some(&true) {
             return Err(Violation(format!("{move_id} is resumed without a commit")));
         }
+        Ok(())
+    }
+
+    /// All of them have been.
+    pub fn resumed(&mut self, move_id: MoveId) -> Result<(), Violation> {
         if !self.resumed.insert(move_id) {
             return Err(Violation(format!("{move_id} is resumed twice")));
         }
         Ok(())
     }
 
-    /// The blanks of a move die with their daemon, which may have asked for the commit.
+    /// Blanks of a move die; its daemon may have asked for the commit.
     pub fn die(&mut self, move_id: MoveId, lives: Vec<Life>, has_asked: bool) {
         if self.is_lost_with(move_id) {
             self.lose(move_id, lives);

@@ -7,8 +7,9 @@
 use super::{CaptureError, PAGE, Source, space};
 use crate::dirty::{Content, DirtyError, DirtyTracker};
 use dunlin_proto::image::{MappingKind, Plan};
-use dunlin_sys::foothold::{Foothold, inject, take_descriptor};
+use dunlin_sys::foothold::{Foothold, take_descriptor};
 use dunlin_sys::ptrace::Stopped;
+use dunlin_sys::script::Script;
 use dunlin_sys::uffd::Uffd;
 use std::io;
 
@@ -37,11 +38,15 @@ pub(super) fn userfaultfd_of(thread: Stopped, host: i32, foothold: &Foothold) ->
     /// Every program may make one that hands nobody the faults of the kernel. Tracking hands out none at all.
     const USER_MODE_ONLY: u64 = 1;
     const O_CLOEXEC_NONBLOCK: u64 = 0o2_004_000;
-    let at = foothold.syscall_at;
-    let flags = O_CLOEXEC_NONBLOCK | USER_MODE_ONLY;
-    let (thread, fd) = inject(thread, at, "userfaultfd", SYS_USERFAULTFD, [flags, 0, 0, 0, 0, 0])?;
+    // By scripts: should this daemon die meanwhile, the arena says which descriptor is to be closed.
+    let mut script = Script::new(&foothold.arena);
+    let made = script.call("userfaultfd", SYS_USERFAULTFD, &[O_CLOEXEC_NONBLOCK | USER_MODE_ONLY]);
+    let (thread, answers) = script.run(thread)?;
+    let fd = answers.of(made);
     let taken = take_descriptor(host, fd as i32);
-    let (thread, _) = inject(thread, at, "close", SYS_CLOSE, [fd, 0, 0, 0, 0, 0])?;
+    let mut script = Script::new(&foothold.arena);
+    script.call("close", SYS_CLOSE, &[fd as u64]);
+    let (thread, _) = script.run(thread)?;
     let uffd = Uffd::from_fd(taken?).map_err(|source| CaptureError::Kernel {
         what: "watching its writes",
         source: source.into(),

@@ -21,6 +21,7 @@ use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::parse_timers;
 use dunlin_sys::procfs::maps;
 use dunlin_sys::ptrace::{Options, Registers, Running, Stop, Stopped};
+use dunlin_sys::refuge::Others;
 use dunlin_sys::script::{Held, Script};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -95,6 +96,15 @@ impl Source {
             }
             // A thread may have been made between the look and the stop of its maker.
             self.seize_new(&mut seen, &mut running)?;
+        }
+        if !self.foothold.is_planted(self.host) {
+            for thread in stopped {
+                thread.detach(0)?;
+            }
+            return Err(CaptureError::Kernel {
+                what: "freezing",
+                source: "it has executed another program meanwhile".into(),
+            });
         }
         let trap = Trap::look(&self.dir)?;
         let mut frozen: Vec<FrozenThread> = Vec::with_capacity(stopped.len());
@@ -536,17 +546,25 @@ impl Frozen {
         };
         threads[1..].iter().try_for_each(put_back)?;
         leader.set_signal_mask(SCRIPT_MASK)?;
-        if let (Some(refuge), Some(first)) = (source.refuge, threads.first()) {
+        let mut trodden = None;
+        if let (Some(refuge), Some(first)) = (&source.refuge, threads.first()) {
             let held = Held {
                 tid: source.host,
                 mask: first.mask,
                 registers: first.registers,
             };
-            refuge.enter(&leader, source.host, &held)?;
+            trodden = refuge.enter(&leader, source.host, &held, Others::Stopped)?;
         }
         let leader = trap.put_back(leader, &source.foothold, &source.plan.image.signals.actions)?;
-        source.foothold.uproot(leader)?;
-        threads[..1].iter().try_for_each(put_back)?;
+        let leader = source.foothold.uproot(leader)?;
+        // The registers come last: until they are set it is in the refuge.
+        if let Some(first) = threads.first() {
+            leader.set_signal_mask(first.mask)?;
+            leader.set_registers(&first.registers)?;
+        }
+        if let Some(trodden) = trodden {
+            trodden.smooth(source.host);
+        }
         for thread in threads {
             if thread.is_ended && thread.sleep.is_some() {
                 sleep::let_go(host, thread.thread.tid());
@@ -754,6 +772,10 @@ fn children(dir: &ProcDir) -> Result<Vec<Child>, CaptureError> {
         let (Ok(status), Ok(stat)) = (child.status(), child.stat()) else {
             continue;
         };
+        // An image's keeper that has ended, and that a daemon which was killed has not had reaped.
+        if status.state == 'Z' && stat.exit_signal == 0 {
+            continue;
+        }
         let last = |v: &[i32]| v.last().copied().map_or(Pid(0), Pid);
         children.push(Child {
             pid: last(&status.ns_pids),

@@ -2,15 +2,15 @@
 //!
 //! Owns the reading of the arena that such a process still has. Refuses to decide which of the two it is to be.
 //! Invariants: a thread gets back what the arena says it was only if it is in the loop, where nothing of the program
-//! runs; one that is not runs on as it does.
+//! runs, and what the frame in a refuge says if it is there; one that is in neither runs on as it does.
 
 use super::freeze::{LeftBehind, leave_image};
 use super::{CaptureError, SCRIPT_MASK, Trap};
 use dunlin_proto::ids::Pid;
-use dunlin_sys::foothold::Foothold;
-use dunlin_sys::procfs::ProcDir;
+use dunlin_sys::foothold::{Foothold, inject, syscall_instruction};
+use dunlin_sys::procfs::{ProcDir, maps};
 use dunlin_sys::ptrace::{Options, Running, Stopped, TraceError};
-use dunlin_sys::refuge::Refuge;
+use dunlin_sys::refuge::{Others, Refuge};
 use dunlin_sys::script::{Held, NOTE_WORDS};
 use std::time::{Duration, Instant};
 
@@ -43,8 +43,12 @@ impl Abandoned {
         self.foothold.range().0
     }
 
-    /// Does one of its threads wait in the loop?
+    /// Does one of its threads wait in the loop, or its first where it is put while the loop is taken out?
     pub fn waits(&self) -> bool {
+        self.is_in_loop() || in_refuge(self.host, |_, _| Ok(())).is_ok_and(|found| found.is_some())
+    }
+
+    fn is_in_loop(&self) -> bool {
         let Ok(tids) = ProcDir::process(self.host).threads() else {
             return false;
         };
@@ -66,13 +70,17 @@ impl Abandoned {
         let note = Note::of(&self.foothold);
         let arena = &self.foothold.arena;
         let mut leaders = None;
+        let escaped = Refuge::escaped(&Stopped::assume(self.host), self.host)?;
         for thread in &threads {
             let is_inside = arena.is_inside(thread.registers()?.rip);
             let mask = thread.signal_mask()?;
             let before = held.iter().find(|held| held.tid == thread.tid());
             let before = before.filter(|_| is_inside || mask == SCRIPT_MASK || mask == u64::MAX);
             if thread.tid() == self.host {
-                leaders = Some((is_inside, mask, before));
+                leaders = Some(match &escaped {
+                    Some(escaped) => (true, mask, Some(escaped)),
+                    None => (is_inside, mask, before),
+                });
             } else if let Some(before) = before {
                 put_back(thread, before, is_inside)?;
             }
@@ -81,41 +89,55 @@ impl Abandoned {
         let leader = Stopped::assume(self.host);
         let now = leader.registers()?;
         leader.set_signal_mask(SCRIPT_MASK)?;
+        let again = super::made_again(&now).unwrap_or(now);
+        let (registers, mask) = match before {
+            Some(before) if is_inside => (before.registers, before.mask),
+            Some(before) => (again, before.mask),
+            None => (again, mask),
+        };
+        let held = Held {
+            tid: self.host,
+            mask,
+            registers,
+        };
+        let mut trodden = None;
         if let Some(refuge) = Refuge::find(self.host, self.foothold.syscall_at)? {
-            let (registers, mask) = match before {
-                Some(before) if is_inside => (before.registers, before.mask),
-                Some(before) => (now, before.mask),
-                None => (now, mask),
-            };
-            let held = Held {
-                tid: self.host,
-                mask,
-                registers,
-            };
-            refuge.enter(&leader, self.host, &held)?;
+            trodden = refuge.enter(&leader, self.host, &held, Others::Stopped)?;
         }
         let leader = note.trap.put_back(leader, &self.foothold, &note.actions())?;
-        let leader = self.foothold.uproot(leader)?;
-        match before {
-            Some(before) if is_inside => put_back(&leader, before, true)?,
-            Some(before) => {
-                leader.set_registers(&super::made_again(&now).unwrap_or(now))?;
-                leader.set_signal_mask(before.mask)?;
-            }
-            None => {
-                leader.set_registers(&super::made_again(&now).unwrap_or(now))?;
-                leader.set_signal_mask(mask)?;
-            }
-        }
-        if let Some(signal) = stopped_by.and_then(rustix::process::Signal::from_named_raw)
-            && let Some(process) = rustix::process::Pid::from_raw(self.host)
-        {
-            let _ = rustix::process::kill_process(process, signal);
+        let leader = self.close_what_is_in_hand(leader)?;
+        // The loop with them.
+        let leader = clear_away(leader, self.host, self.foothold.syscall_at)?;
+        leader.set_signal_mask(held.mask)?;
+        stop_again(self.host, stopped_by);
+        // The registers come last: until they are set it is in the refuge.
+        leader.set_registers(&held.registers)?;
+        if let Some(trodden) = trodden {
+            trodden.smooth(self.host);
         }
         for thread in threads {
             thread.detach(0)?;
         }
         Ok(())
+    }
+
+    /// Closes the userfaultfd that was to be taken out of it.
+    fn close_what_is_in_hand(&self, thread: Stopped) -> Result<Stopped, CaptureError> {
+        const SYS_CLOSE: i64 = 3;
+        const SYS_USERFAULTFD: i64 = 323;
+        let fd = match self.foothold.arena.first_call() {
+            (SYS_USERFAULTFD, _, answer) => answer as u64,
+            (SYS_CLOSE, [fd, ..], _) => fd,
+            _ => return Ok(thread),
+        };
+        let link = ProcDir::process(self.host)
+            .link(&format!("fd/{fd}"))
+            .unwrap_or_default();
+        if link.as_os_str().as_encoded_bytes() != b"anon_inode:[userfaultfd]" {
+            return Ok(thread);
+        }
+        let at = self.foothold.syscall_at;
+        Ok(inject(thread, at, "close", SYS_CLOSE, [fd, 0, 0, 0, 0, 0])?.0)
     }
 
     /// After the commit: leaves its memory to a keeper, as [`Frozen::into_image`](super::freeze::Frozen::into_image); to
@@ -139,13 +161,71 @@ impl Abandoned {
     }
 }
 
-/// Puts a thread back that has come to a refuge, as it spins: the daemon died in a call that it made it do.
-pub fn fetch_from_refuge(host: i32) -> Result<bool, CaptureError> {
-    if !ProcDir::process(host)
-        .text("syscall")
-        .is_ok_and(|text| text.starts_with("running"))
+/// Has a process be stopped as it was elsewhere.
+pub fn stop_again(host: i32, stopped_by: Option<i32>) {
+    if let Some(signal) = stopped_by.and_then(rustix::process::Signal::from_named_raw)
+        && let Some(process) = rustix::process::Pid::from_raw(host)
     {
-        return Ok(false);
+        // One that has ended needs no stop.
+        let _ = rustix::process::kill_process(process, signal);
+    }
+}
+
+/// Puts a thread back that has come to a refuge: the daemon died in a call that it made it do.
+pub fn fetch_from_refuge(host: i32) -> Result<bool, CaptureError> {
+    let fetched = in_refuge(host, |thread, held| {
+        let at = syscall_instruction(&ProcDir::process(host))?;
+        thread.set_signal_mask(SCRIPT_MASK)?;
+        if let Some(refuge) = Refuge::find(host, at)? {
+            refuge.enter(thread, host, held, Others::Run)?;
+            clear_away(Stopped::assume(host), host, at)?;
+        }
+        thread.set_signal_mask(held.mask)?;
+        Ok(thread.set_registers(&held.registers)?)
+    })?;
+    Ok(fetched.is_some())
+}
+
+/// Has a thread close and unmap what is there of an arena, whole or half planted.
+fn clear_away(mut thread: Stopped, host: i32, at: u64) -> Result<Stopped, CaptureError> {
+    const SYS_CLOSE: i64 = 3;
+    const SYS_MUNMAP: i64 = 11;
+    let dir = ProcDir::process(host);
+    for entry in std::fs::read_dir(dir.path("fd"))? {
+        let entry = entry?;
+        let number = entry.file_name().to_str().and_then(|name| name.parse::<u64>().ok());
+        // One that is closed meanwhile is none of ours.
+        let link = std::fs::read_link(entry.path()).unwrap_or_default();
+        if let Some(number) = number.filter(|_| Foothold::is_arena_name(link.as_os_str().as_encoded_bytes())) {
+            thread = inject(thread, at, "close", SYS_CLOSE, [number, 0, 0, 0, 0, 0])?.0;
+        }
+    }
+    for arena in maps::parse(&dir.bytes("maps")?).map_err(std::io::Error::from)? {
+        if Foothold::is_arena(&arena) {
+            thread = inject(
+                thread,
+                at,
+                "munmap",
+                SYS_MUNMAP,
+                [arena.start, arena.length(), 0, 0, 0, 0],
+            )?
+            .0;
+        }
+    }
+    Ok(thread)
+}
+
+/// Stops the first thread of a process and does something about it, if it is in a refuge.
+fn in_refuge<T>(
+    host: i32,
+    work: impl FnOnce(&Stopped, &Held) -> Result<T, CaptureError>,
+) -> Result<Option<T>, CaptureError> {
+    // It spins, or has been stopped there.
+    let dir = ProcDir::process(host);
+    let text = dir.text("syscall").unwrap_or_default();
+    let has_ended = dir.stat().map_or(true, |stat| matches!(stat.state, 'Z' | 'X'));
+    if has_ended || !text.starts_with("running") && !text.starts_with("-1 ") {
+        return Ok(None);
     }
     // The dead daemon's thread lets go of it last of all.
     const LETS_GO_WITHIN: Duration = Duration::from_millis(200);
@@ -156,18 +236,18 @@ pub fn fetch_from_refuge(host: i32) -> Result<bool, CaptureError> {
                 std::thread::sleep(Duration::from_millis(1));
             }
             // Somebody else's: a debugger's.
-            Err(TraceError::Refused { .. }) => return Ok(false),
+            Err(TraceError::Refused { .. }) => return Ok(None),
             other => break other?,
         }
     };
     let (thread, _) = running.stop(Instant::now() + PATIENCE)?;
-    let escaped = Refuge::escaped(&thread, host)?;
-    if let Some(held) = &escaped {
-        thread.set_signal_mask(held.mask)?;
-        thread.set_registers(&held.registers)?;
-    }
+    let done = match Refuge::escaped(&thread, host) {
+        Ok(Some(held)) => work(&thread, &held).map(Some),
+        Ok(None) => Ok(None),
+        Err(error) => Err(error.into()),
+    };
     thread.detach(0)?;
-    Ok(escaped.is_some())
+    done
 }
 
 fn put_back(thread: &Stopped, before: &Held, is_inside: bool) -> Result<(), CaptureError> {

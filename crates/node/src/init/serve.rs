@@ -211,6 +211,7 @@ impl Server {
         let Some(daemon) = self.daemon.take() else {
             return;
         };
+        self.hear_out(&daemon);
         let _ = self.steering.end();
         let undelivered = daemon.out.into_iter().filter_map(|packet| match packet.message {
             // Those that wait for an answer are among the told.
@@ -218,6 +219,25 @@ impl Server {
             FromInit::Event(event) => Some(event),
         });
         self.outbox.give_back(undelivered.collect());
+    }
+
+    /// What a daemon has handed over without waiting counts, however soon it died and whoever came first: it relied on that
+    /// when it went on.
+    fn hear_out(&mut self, daemon: &Daemon) {
+        loop {
+            let received = match fdpass::receive(&daemon.socket, false) {
+                Ok(received) => received,
+                // Said once if it died with answers unread; what it has said comes after that.
+                Err(e) if e.kind() == io::ErrorKind::ConnectionReset => continue,
+                Err(_) => return,
+            };
+            let Ok((_, request)) = wire::decode::<ToInit>(&received.bytes) else {
+                return;
+            };
+            if let Request::Store { .. } | Request::Drop { .. } | Request::Reserve(_) | Request::Release(_) = request {
+                self.answer(request, received.fds);
+            }
+        }
     }
 
     /// Sends what is to be sent and answers what is asked.

@@ -10,7 +10,7 @@ use dunlin_cluster::relocation::outbox::OutboxAction;
 use dunlin_cluster::table::Row;
 use dunlin_proto::control::ExitStatus;
 use dunlin_proto::ids::{Incarnation, Pid, Slot};
-use dunlin_proto::relocation::{Ending, Notice};
+use dunlin_proto::relocation::{Ending, EntryChange, Notice};
 use std::io;
 
 const LEDGER: &str = "ledger/";
@@ -57,43 +57,61 @@ impl Mover {
         self.run_outbox();
     }
 
+    /// Carries out what the home wants done. What is to be kept is kept in the home's order, by one thread at a time: two
+    /// would let an older record replace a newer one. Words go out after that, as they may come back to the home.
     pub(super) fn run_decisions(&self) {
         loop {
-            // The lock is not held while an action is carried out: it may come back to the home.
-            let Some(action) = lock(&self.home).poll_action() else {
-                return;
-            };
-            match action {
-                HomeAction::Send { to, msg } => self.send(to, msg),
-                HomeAction::Persist(durables) => self.persist_ledger(&durables),
-                HomeAction::Reserve(pids) => self.log("reserving PIDs", self.nest.reserve_soon(&pids)),
-                HomeAction::Release(pids) => self.log("releasing PIDs", self.nest.release_soon(&pids)),
-                HomeAction::EndSurrogate(pid, ending) => self.end_departed(pid, status_of(ending)),
-                HomeAction::TableFull(change) => {
-                    tracing::error!(pid = %change.pid, "the process table is full: ids that are in use elsewhere may be given out again");
+            let mut words = Vec::new();
+            let turn = lock(&self.turn);
+            loop {
+                let Some(action) = lock(&self.home).poll_action() else {
+                    break;
+                };
+                match action {
+                    HomeAction::Send { to, msg } => words.push((to, msg)),
+                    HomeAction::Persist(durables) => self.persist_ledger(&durables),
+                    HomeAction::Reserve(pids) => self.log("reserving PIDs", self.nest.reserve_soon(&pids)),
+                    HomeAction::Release(pids) => self.log("releasing PIDs", self.nest.release_soon(&pids)),
+                    HomeAction::EndSurrogate(pid, ending) => self.end_departed(pid, status_of(ending)),
+                    HomeAction::TableFull(change) => {
+                        tracing::error!(pid = %change.pid, "the process table is full: ids that are in use elsewhere may be given out again");
+                    }
                 }
             }
+            drop(turn);
+            if words.is_empty() {
+                return;
+            }
+            words.into_iter().for_each(|(to, msg)| self.send(to, msg));
         }
     }
 
+    /// The same for the outbox.
     pub(super) fn run_outbox(&self) {
         loop {
-            let Some(action) = lock(&self.outbox).poll_action() else {
-                return;
-            };
-            match action {
-                OutboxAction::Send { to, msg } => self.send(to, msg),
-                OutboxAction::Persist(to, notice) => {
-                    let blob = postcard::to_stdvec(&(to, notice)).unwrap_or_default();
-                    self.log(
-                        "keeping a notice",
-                        self.nest.store_soon(&notice_label(to, &notice), blob),
-                    );
-                }
-                OutboxAction::Forget(to, notice) => {
-                    self.log("dropping a notice", self.nest.drop_soon(&notice_label(to, &notice)));
+            let mut words = Vec::new();
+            let turn = lock(&self.turn);
+            loop {
+                let Some(action) = lock(&self.outbox).poll_action() else {
+                    break;
+                };
+                match action {
+                    OutboxAction::Send { to, msg } => words.push((to, msg)),
+                    OutboxAction::Persist(to, notice) => {
+                        let blob = postcard::to_stdvec(&(to, notice)).unwrap_or_default();
+                        let kept = self.nest.store_soon(&notice_label(to, &notice), blob);
+                        self.log("keeping a notice", kept);
+                    }
+                    OutboxAction::Forget(to, notice) => {
+                        self.log("dropping a notice", self.nest.drop_soon(&notice_label(to, &notice)));
+                    }
                 }
             }
+            drop(turn);
+            if words.is_empty() {
+                return;
+            }
+            words.into_iter().for_each(|(to, msg)| self.send(to, msg));
         }
     }
 
@@ -107,7 +125,16 @@ impl Mover {
 
     /// A process that has an entry somewhere has ended here: its homes are told.
     pub fn ended_here(&self, pid: Pid, ids: &[Pid], incarnation: Incarnation, status: ExitStatus) {
-        let nodes = lock(&self.home).table().to_be_told_of_end(pid, ids);
+        let mut early = lock(&self.early_ends);
+        let (nodes, known) = {
+            let home = lock(&self.home);
+            (home.table().to_be_told_of_end(pid, ids), home.table().incarnation(pid))
+        };
+        if known < incarnation && self.is_arriving(pid) {
+            early.insert(pid, (ids.to_vec(), incarnation, status));
+            return;
+        }
+        drop(early);
         tracing::info!(%pid, ?status, ?incarnation, told = ?nodes, "a process from elsewhere has ended here");
         let ending = Ending::Exited(status);
         for to in nodes.iter().copied().filter(|to| *to != self.here) {
@@ -123,6 +150,24 @@ impl Mover {
         // Last: by this the table forgets who else is to be told.
         if nodes.contains(&self.here) {
             self.decide(HomeEvent::Ended(self.here, pid, incarnation, ending));
+        }
+    }
+
+    /// Is it here by a move of which the table here has not learned yet?
+    fn is_arriving(&self, pid: Pid) -> bool {
+        let by = lock(&self.busy).get(&pid).copied();
+        by.is_some_and(|id| lock(&self.destinations).contains_key(&id))
+    }
+
+    /// The table has learned who came by a move: those that have ended since are told of.
+    pub(super) fn learned(&self, changes: Vec<EntryChange>) {
+        let pids: Vec<Pid> = changes.iter().map(|change| change.pid).collect();
+        self.decide(HomeEvent::Learn(changes));
+        for pid in pids {
+            let early = lock(&self.early_ends).remove(&pid);
+            if let Some((ids, incarnation, status)) = early {
+                self.ended_here(pid, &ids, incarnation, status);
+            }
         }
     }
 

@@ -13,7 +13,6 @@ use crate::pager::{SpaceHandle, Withdrawn};
 use crate::restore::{Blank, Common};
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::destination::{DestinationAction, DestinationEvent, DestinationMove};
-use dunlin_cluster::relocation::home::HomeEvent;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{MoveId, Pid, Slot};
 use dunlin_proto::image::Plan;
@@ -204,7 +203,7 @@ impl Incoming {
             }
             DestinationAction::Resume => self.resume(),
             DestinationAction::Destroy => self.destroy(),
-            DestinationAction::Learn(changes) => self.mover.decide(HomeEvent::Learn(changes)),
+            DestinationAction::Learn(changes) => self.mover.learned(changes),
             DestinationAction::Post { to, notice } => self.mover.post(to, notice),
         }
         true

@@ -12,6 +12,7 @@ use crate::processes::HiddenKind;
 use crate::signals::orders::is_stopped;
 use dunlin_proto::ids::Pid;
 use dunlin_sys::procfs::ProcDir;
+use dunlin_sys::surrogate;
 use std::collections::BTreeSet;
 use std::io;
 
@@ -37,8 +38,10 @@ impl Mover {
     }
 
     /// Lets all processes run on that the last daemon held for a moment, as for a move that was only prepared; but for
-    /// those that a record tells of. A keeper that was just made is found by its parent, who is told of.
-    pub(super) fn free_the_abandoned(&self, told_of: &BTreeSet<Pid>) {
+    /// those that a record tells of. A keeper that was just made is found by its parent, who is told of. Those that had been
+    /// on the last step out of the loop come back.
+    pub(super) fn free_the_abandoned(&self, told_of: &BTreeSet<Pid>) -> BTreeSet<Pid> {
+        let mut fetched = BTreeSet::new();
         let found = |pid: Pid, host: i32| match Abandoned::find(pid, host) {
             Ok(found) => found,
             Err(CaptureError::Gone) => None,
@@ -51,14 +54,17 @@ impl Mover {
             if self.hidden.kind(pid).is_some() {
                 continue;
             }
-            match fetch_from_refuge(host) {
-                Ok(_) | Err(CaptureError::Gone) => {}
-                Err(error) => tracing::warn!(%pid, %error, "whether it spins for the last daemon is not known"),
-            }
+            let Some(abandoned) = found(pid, host) else {
+                match fetch_from_refuge(host) {
+                    Ok(true) => _ = fetched.insert(pid),
+                    Ok(false) | Err(CaptureError::Gone) => {}
+                    Err(error) => tracing::warn!(%pid, %error, "whether it spins for the last daemon is not known"),
+                }
+                continue;
+            };
             if told_of.contains(&pid) {
                 continue;
             }
-            let Some(abandoned) = found(pid, host) else { continue };
             let parent = ProcDir::process(host).status().map_or(0, |status| status.ppid);
             if found(Pid(0), parent).is_some_and(|parents| parents.arena() == abandoned.arena()) {
                 self.hidden.insert(pid, HiddenKind::Keeper);
@@ -66,7 +72,15 @@ impl Mover {
                 // It needs the nest's events, which nobody takes yet.
                 self.hidden.insert(pid, HiddenKind::Blank);
                 let mover = self.arc();
-                let work = move || mover.stand_for(pid, host, b"dunlin-relative");
+                let comm = ProcDir::process(host).bytes("comm").unwrap_or_default();
+                let comm = comm.trim_ascii_end().to_vec();
+                // That of the surrogate's file, before it has another.
+                let comm = if comm.starts_with(b"memfd:") {
+                    b"dunlin-relative".to_vec()
+                } else {
+                    comm
+                };
+                let work = move || mover.stand_for(pid, host, &comm);
                 if let Err(error) = std::thread::Builder::new().name("stand again".into()).spawn(work) {
                     tracing::error!(%pid, %error, "what was to become a process waits where it is");
                 }
@@ -74,6 +88,7 @@ impl Mover {
                 self.let_run_on(pid, host, None);
             }
         }
+        fetched
     }
 
     /// Turns what was to become a process, and will not, into a surrogate: where nobody needs one, it is ended later.
@@ -104,8 +119,9 @@ impl Mover {
     /// The surrogates of the nest, by the program that they run.
     pub(super) fn hide_surrogates(&self) {
         for (host, pid) in self.neighbours() {
-            let runs = ProcDir::process(host).link("exe").unwrap_or_default();
-            if runs.to_string_lossy().starts_with("/memfd:surrogate") {
+            // It is one until it has the program's name; in the loop it is none any more.
+            let in_loop = || Abandoned::find(pid, host).is_ok_and(|found| found.is_some_and(|found| found.waits()));
+            if surrogate::is_one(host) && !in_loop() {
                 let home = self.modulus().home(pid) == Some(self.here);
                 let kind = if home {
                     HiddenKind::Departed

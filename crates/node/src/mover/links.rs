@@ -41,6 +41,7 @@ impl Links {
                 return false;
             }
         };
+        dunlin_sys::fuse::step();
         let link = self.link(to);
         let mut stream = link.lock().unwrap_or_else(PoisonError::into_inner);
         drop_if_closed(&mut stream);

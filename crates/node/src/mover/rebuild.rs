@@ -46,6 +46,7 @@ impl Incoming {
         let mut kit = Kit {
             installer: &mover.installer,
             root,
+            surrogate: mover.nest.surrogate_program(),
             shared: &mover.config.shared,
             cookie: mover.nest.cookie(),
             nest_filters: NEST_FILTERS,

@@ -10,7 +10,7 @@ use super::records::{
     ARRIVAL, ArrivalRecord, DESTINATION, IMAGE, ImageRecord, KeptDestination, KeptSource, SOURCE, records,
 };
 use super::{Mover, lock, outgoing};
-use crate::capture::held::Abandoned;
+use crate::capture::held::{Abandoned, stop_again};
 use crate::page_server::NewImage;
 use crate::pager::Withdrawn;
 use crate::processes::{HiddenKind, Resident};
@@ -58,18 +58,20 @@ impl Mover {
             .collect();
         let mut withdrawn = self.take_up_spaces(&labels, &undecided)?;
         // Now that pages come, which this may need.
-        self.free_the_abandoned(&held);
+        let fetched = self.free_the_abandoned(&held);
         drop(quiet);
-        // What became of a copy that this node was to run is told by its move.
+        // What became of copies that this node was to run is told by their move, unless others of it run.
+        let here = |pid: Pid| self.hidden.kind(pid).is_none() && self.nest.host_pid(pid).is_ok_and(|h| h.is_some());
         ended.retain(|pid| {
-            !destinations
-                .iter()
-                .any(|kept| kept.record.members.iter().any(|m| m.pid == *pid))
+            !destinations.iter().any(|kept| {
+                let members = &kept.record.members;
+                members.iter().any(|m| m.pid == *pid) && !members.iter().any(|m| here(m.pid))
+            })
         });
-        ended.into_iter().for_each(|pid| self.vanished(pid));
         for kept in destinations {
-            self.recover_destination(kept, &mut withdrawn)?;
+            self.recover_destination(kept, &mut withdrawn, &fetched)?;
         }
+        ended.into_iter().for_each(|pid| self.vanished(pid));
         for source in sources {
             let id = source.record.plan.move_id;
             let images = images.remove(&id).unwrap_or_default();
@@ -120,6 +122,7 @@ impl Mover {
         &self,
         KeptDestination { record, places }: KeptDestination,
         withdrawn: &mut BTreeMap<Pid, Withdrawn>,
+        fetched: &BTreeSet<Pid>,
     ) -> io::Result<()> {
         let id = record.move_id;
         let here = |pid: Pid| self.hidden.kind(pid).is_none() && self.nest.host_pid(pid).is_ok_and(|h| h.is_some());
@@ -130,10 +133,11 @@ impl Mover {
                 self.hidden.insert(place.pid, HiddenKind::Blank);
                 let space = withdrawn.remove(&place.pid);
                 waiting.push((place, space));
+            } else if fetched.contains(&place.pid) {
+                stop_again(place.host, place.stopped_by);
             }
         }
         let found = if !waiting.is_empty() {
-            lock(&self.busy).extend(waiting.iter().map(|(place, _)| (place.pid, id)));
             Found::Waiting
         } else if record.members.iter().any(|m| here(m.pid)) {
             Found::Running
@@ -144,6 +148,8 @@ impl Mover {
                 status => Ending::Exited(status),
             }))
         };
+        // Their home does not know yet that they are here.
+        lock(&self.busy).extend(record.members.iter().map(|member| (member.pid, id)));
         let (sender, words) = channel();
         lock(&self.destinations).insert(id, sender);
         let mover = self.arc();

@@ -77,6 +77,7 @@ impl Connection {
             waiting.replies.insert(number, sender);
             number
         };
+        dunlin_sys::fuse::step();
         let sent =
             wire::encode(&(number, request)).and_then(|bytes| fdpass::send(&*self.socket, &bytes, fds, None, true));
         if let Err(e) = sent {

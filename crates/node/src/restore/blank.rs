@@ -13,7 +13,9 @@ use dunlin_proto::image::{Essence, MappingKind, Pages, Plan, ProcessImage};
 use dunlin_sys::foothold::Foothold;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::{Options, Registers, Running, Stopped};
+use dunlin_sys::refuge::Refuge;
 use dunlin_sys::script::Script;
+use dunlin_sys::surrogate;
 use dunlin_sys::uffd::Uffd;
 use rustix::fs::OFlags;
 use std::collections::BTreeMap;
@@ -26,6 +28,8 @@ const SYS_EXECVEAT: i64 = 322;
 const SYS_CLOSE_RANGE: i64 = 436;
 const SYS_SETRESUID: i64 = 117;
 const AT_EMPTY_PATH: u64 = 0x1000;
+/// The descriptor by which a blank gets its program's name; no other is open then.
+const EXE: i32 = 3;
 const NO_CHANGE: u64 = u32::MAX as u64;
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -48,6 +52,8 @@ pub struct Blank {
     pub(super) limits: Vec<(u64, i64, u64)>,
     /// The registers that each thread gets when it may run, by host number.
     pub(super) loaded: BTreeMap<i32, Registers>,
+    /// Where its first thread is while the loop is taken out.
+    pub(super) refuge: Option<Refuge>,
     options: Options,
 }
 
@@ -90,7 +96,17 @@ impl Blank {
             .stop(Instant::now() + STOP_PATIENCE)
             .during(pid, "stopping the blank")?;
         thread.set_signal_mask(SCRIPT_MASK).during(pid, "blocking signals")?;
-        let thread = execute_program(pid, host, thread, plan, clock_offsets_ns, kit)?;
+        let exe = open_same(
+            kit.root.as_fd(),
+            &plan.image.space.exe,
+            OFlags::RDONLY,
+            Use::Content,
+            kit.shared,
+        )
+        .map_err(|error| RestoreError::Obstacles(vec![descriptors::missing(pid, &plan.image.space.exe, &error)]))?;
+        surrogate::secure(&thread, host).during(pid, "securing its entry")?;
+        let thread = start_anew(pid, host, thread, clock_offsets_ns, kit)?;
+        surrogate::secure(&thread, host).during(pid, "securing its entry")?;
         let ranges: Vec<(u64, u64)> = plan.image.space.mappings.iter().map(|m| (m.start, m.end)).collect();
         let (thread, foothold) = Foothold::plant(thread, host, &ranges).during(pid, "planting the loop")?;
         let memory = OpenOptions::new()
@@ -98,9 +114,9 @@ impl Blank {
             .write(true)
             .open(ProcDir::process(host).path("mem"))
             .during(pid, "opening its memory")?;
-        let (thread, foothold) = mappings::clear(pid, host, thread, foothold, &plan.image.space)?;
-        // Should this daemon die, an entry that stands for a process waits here.
+        // Should this daemon die, an entry that stands for a process waits here, from the first script on.
         Note::blank(&plan.image.signals.actions).leave(&foothold);
+        let (thread, foothold) = mappings::clear(pid, host, thread, foothold, &plan.image.space)?;
         let registers = thread.registers().during(pid, "reading registers")?;
         thread
             .set_registers(&parked(&foothold, &registers))
@@ -127,12 +143,20 @@ impl Blank {
             slept: BTreeMap::new(),
             limits: Vec::new(),
             loaded: BTreeMap::new(),
+            refuge: None,
             options,
         };
+        blank.refuge = Refuge::find(host, blank.foothold.syscall_at).during(pid, "looking for a refuge")?;
         for run in &plan.file_pages {
             blank.write_file_pages(run)?;
         }
-        mappings::describe(&blank, &plan.image.space)?;
+        let wanted = Wanted {
+            fd: exe,
+            number: EXE,
+            close_on_exec: true,
+        };
+        install(pid, pid, blank.leader(), blank.foothold.syscall_at, vec![wanted], kit)?;
+        mappings::describe(&blank, &plan.image.space, Some(EXE))?;
         descriptors::install_all(&blank, &plan.image.files, kit)?;
         signals::set_actions(&blank, None, &plan.image.signals.actions)?;
         traits::set(&blank, &plan.image.traits, &plan.image.seccomp, kit)?;
@@ -336,24 +360,15 @@ impl Blank {
     }
 }
 
-/// Replaces the surrogate program by the process's own, so that `/proc/PID/exe` and what hangs on it are right. None
-/// of it runs: the address space is cleared next.
-fn execute_program(
+/// Has the entry execute the surrogate program anew: the address space is its own then, its clocks can be set, and should
+/// this daemon die before the loop is there, it is a surrogate again by itself.
+fn start_anew(
     pid: Pid,
     host: i32,
     thread: Stopped,
-    plan: &Plan,
     clock_offsets_ns: [(i64, i64); 2],
     kit: &mut Kit<'_>,
 ) -> Result<Stopped, RestoreError> {
-    let exe = open_same(
-        kit.root.as_fd(),
-        &plan.image.space.exe,
-        OFlags::RDONLY,
-        Use::Content,
-        kit.shared,
-    )
-    .map_err(|error| RestoreError::Obstacles(vec![descriptors::missing(pid, &plan.image.space.exe, &error)]))?;
     let dir = ProcDir::process(host);
     let at = borrowed_syscall(pid, &dir)?;
     // Real, effective or saved root: be root again for the restore; the credentials come last.
@@ -364,21 +379,29 @@ fn execute_program(
         .inject(at, SYS_CLOSE_RANGE, [0, u64::from(u32::MAX), 0, 0, 0, 0])
         .during(pid, "closing descriptors")?;
     let thread = set_clocks(pid, &dir, thread, at, clock_offsets_ns)?;
+    let program = kit
+        .surrogate
+        .try_clone_to_owned()
+        .during(pid, "executing its program")?;
     let thread = install(
         pid,
         pid,
         thread,
         at,
         vec![Wanted {
-            fd: exe,
+            fd: program,
             number: 3,
             close_on_exec: true,
         }],
         kit,
     )?;
     let place = (thread.registers().during(pid, "reading registers")?.rsp - 1024) & !15;
-    let mut words = [0u8; 24];
-    words[..8].copy_from_slice(&(place + 16).to_le_bytes());
+    // An empty string, a name, and an argument vector of that name.
+    let mut words = [0u8; 64];
+    words[..8].copy_from_slice(&(place + 32).to_le_bytes());
+    let comm = dir.bytes("comm").unwrap_or_default();
+    let name = &comm.trim_ascii_end()[..comm.trim_ascii_end().len().min(15)];
+    words[32..32 + name.len()].copy_from_slice(name);
     OpenOptions::new()
         .write(true)
         .open(dir.path("mem"))

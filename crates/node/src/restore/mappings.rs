@@ -317,16 +317,18 @@ pub fn demand(
 }
 
 /// Tells the kernel where code, data, heap, stack, arguments and environment are.
-pub fn describe(blank: &Blank, space: &Space) -> Result<(), RestoreError> {
+///
+/// `exe` is a descriptor of the blank's: its program becomes that, and it is closed. None: it has its program.
+pub fn describe(blank: &Blank, space: &Space, exe: Option<i32>) -> Result<(), RestoreError> {
     const PR_SET_MM: u64 = 35;
     const PR_SET_MM_MAP: u64 = 14;
-    const NO_EXE: u32 = u32::MAX;
+    const SYS_CLOSE: i64 = 3;
     let mut script = Script::new(&blank.foothold.arena);
     let auxv = script.bytes(&space.auxv);
     let mut map: Vec<u8> = space.layout.iter().flat_map(|word| word.to_le_bytes()).collect();
     map.extend(auxv.address.to_le_bytes());
     map.extend((space.auxv.len() as u32).to_le_bytes());
-    map.extend(NO_EXE.to_le_bytes());
+    map.extend(exe.unwrap_or(-1).to_le_bytes());
     let map_length = map.len() as u64;
     let map = script.bytes(&map);
     script.call(
@@ -334,6 +336,9 @@ pub fn describe(blank: &Blank, space: &Space) -> Result<(), RestoreError> {
         SYS_PRCTL,
         &[PR_SET_MM, PR_SET_MM_MAP, map.address, map_length, 0],
     );
+    if let Some(exe) = exe {
+        script.call("close", SYS_CLOSE, &[exe as u64]);
+    }
     blank.run(blank.host, script, "describing its address space")
 }
 
@@ -438,7 +443,7 @@ pub fn correct(blank: &mut Blank, space: &Space, kit: &mut Kit<'_>) -> Result<Re
                 .during(pid, "writing pages of file mappings")?;
         }
     }
-    describe(blank, space)?;
+    describe(blank, space, None)?;
     Ok(remade)
 }
 

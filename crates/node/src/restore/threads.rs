@@ -4,6 +4,7 @@
 //! OS thread until [`resume`] lets go of all of them.
 
 use super::{Blank, During, Kit, RestoreError, mappings, signals, sleeper};
+use crate::capture::held::stop_again;
 use crate::capture::{
     SCRIPT_MASK, Trap, clocks, from_words, let_go, monotonic_ns, remember, select_limit, select_unit_ns,
 };
@@ -12,6 +13,7 @@ use dunlin_proto::image::{Essence, Sleep, ThreadImage};
 use dunlin_sys::inspect;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::Stopped;
+use dunlin_sys::refuge::Others;
 use dunlin_sys::script::{Held, Script};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
@@ -256,18 +258,27 @@ pub fn resume(blank: &Blank, essence: &Essence) -> Result<(), RestoreError> {
     };
     lower_limits(blank, essence);
     // The loop goes when none but the first is in it.
-    let (leaders, others): (Vec<_>, Vec<_>) = essence.threads.iter().partition(|thread| thread.tid == pid);
+    let others = essence.threads.iter().filter(|thread| thread.tid != pid);
     others.into_iter().try_for_each(last_stores)?;
     let leader = Trap::of(actions)
         .put_back(blank.leader(), &blank.foothold, actions)
         .during(pid, "setting the action of SIGTRAP")?;
+    // Should this daemon die between here and the last store, the next one finds the thread in its refuge.
+    let held = first_thread(blank, essence)?;
+    let mut trodden = None;
+    if let Some(refuge) = &blank.refuge {
+        trodden = refuge
+            .enter(&leader, blank.host, &held, Others::Stopped)
+            .during(pid, "entering its refuge")?;
+    }
     let leader = blank.foothold.uproot(leader).during(pid, "taking the loop out")?;
-    leaders.into_iter().try_for_each(last_stores)?;
-    if let Some(signal) = essence.stopped_by
-        && let Some(process) = rustix::process::Pid::from_raw(blank.host)
-        && let Some(signal) = rustix::process::Signal::from_named_raw(signal)
-    {
-        rustix::process::kill_process(process, signal).during(pid, "stopping it again")?;
+    leader
+        .set_signal_mask(held.mask)
+        .during(pid, "setting the signal mask")?;
+    stop_again(blank.host, essence.stopped_by);
+    leader.set_registers(&held.registers).during(pid, "setting registers")?;
+    if let Some(trodden) = trodden {
+        trodden.smooth(blank.host);
     }
     let hosts: Vec<i32> = blank
         .threads
@@ -298,6 +309,22 @@ fn lower_limits(blank: &Blank, essence: &Essence) {
         {
             tracing::debug!(%error, "a select(2) takes longer by the length of the freeze");
         }
+    }
+}
+
+/// What the first thread is to be.
+fn first_thread(blank: &Blank, essence: &Essence) -> Result<Held, RestoreError> {
+    let mask = essence.threads.iter().find(|thread| thread.tid == blank.pid);
+    match (mask.map(|thread| thread.mask), blank.loaded.get(&blank.host)) {
+        (Some(mask), Some(registers)) => Ok(Held {
+            tid: blank.host,
+            mask,
+            registers: *registers,
+        }),
+        _ => Err(RestoreError::Unsound {
+            pid: blank.pid,
+            why: "a thread that was never loaded",
+        }),
     }
 }
 

@@ -27,6 +27,8 @@ pub struct Stat {
     pub start_time: u64,
     /// Resident pages.
     pub rss_pages: u64,
+    /// The signal that its parent gets at its end; 0 if none, and wait(2) shows it to nobody who does not ask for clones.
+    pub exit_signal: i32,
     /// CPU it last ran on.
     pub processor: u32,
     /// Code, data, heap, stack, arguments and environment of the address space (0 where not permitted).
@@ -80,6 +82,7 @@ impl Stat {
             threads: number(20)? as u32,
             start_time: number(22)?,
             rss_pages: number(24)?,
+            exit_signal: signed(38)?,
             processor: number(39)? as u32,
             layout: Layout {
                 start_code: number(26)?,
