@@ -2,10 +2,7 @@
 //!
 //! Owns the questions "does anybody who stays hold this too?". Refuses to change anything.
 
-use crate::capture::descriptors;
-use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{Pid, RunId};
-use dunlin_proto::image::DescriptionKind;
 use dunlin_sys::procfs::ProcDir;
 use std::cell::OnceCell;
 use std::collections::HashMap;
@@ -59,19 +56,6 @@ impl<'a> Surroundings<'a> {
             .iter()
             .find(|((_, ino), _)| *ino == inode)
             .map(|(_, pid)| *pid))
-    }
-
-    /// What a pipe's end is, or why it cannot move.
-    pub fn pipe(
-        &self,
-        pid: Pid,
-        host: i32,
-        dir: &ProcDir,
-        number: i32,
-        link: &Path,
-        flags: u32,
-    ) -> io::Result<Result<DescriptionKind, Box<Obstacle>>> {
-        descriptors::pipe_kind(pid, host, dir, number, link, flags, self)
     }
 
     fn holders(&self) -> &HashMap<(u64, u64), Pid> {

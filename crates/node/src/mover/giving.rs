@@ -98,6 +98,7 @@ impl Outgoing<'_> {
         let identify = |fd: std::os::fd::BorrowedFd<'_>| mover.streams.identify(fd);
         let around = mover.surroundings(&identify, &self.party);
         around.look();
+        self.met.begin();
         // From here on what is sent to it would stay behind with the emptied process.
         self.obeyed = self
             .party
