@@ -7,9 +7,13 @@
 pub(crate) mod epoll;
 pub(crate) mod event;
 pub(crate) mod file;
+pub(crate) mod memory;
+pub(crate) mod owner;
 pub(crate) mod pipe;
+pub(crate) mod process;
 pub(crate) mod signals;
 pub(crate) mod timer;
+pub(crate) mod unix;
 
 use crate::capture::Surroundings;
 use crate::capture::descriptors::Glimpse;
@@ -53,7 +57,8 @@ impl Look<'_> {
         self.dir.path(&format!("fd/{}", self.glimpse.number))
     }
 
-    /// Its fdinfo as it is now.
+    /// Its fdinfo as it is now. What is to be compared with a later glimpse is taken from this one instead: the program runs
+    /// while the plan is made.
     pub fn info(&self) -> io::Result<String> {
         self.dir.text(&format!("fdinfo/{}", self.glimpse.number))
     }

@@ -21,7 +21,7 @@ pub use blank::{Blank, Resumed};
 pub use mappings::Remade;
 
 use crate::capture::space;
-use crate::descriptors::{epoll, file};
+use crate::descriptors::{epoll, file, unix};
 use crate::files::{Use, open_same};
 use crate::install::{InstallError, Installer};
 use dunlin_proto::control::Obstacle;
@@ -224,6 +224,8 @@ pub struct Kit<'a> {
     pub steer: &'a dyn Fn(Pid) -> io::Result<Box<dyn FnOnce() -> io::Result<()> + 'a>>,
     /// The local end of a run's standard stream.
     pub open_stream: &'a dyn Fn(RunId, u8) -> io::Result<OwnedFd>,
+    /// The number on this machine of what has a PID in the nest.
+    pub host_of: &'a dyn Fn(Pid) -> Option<i32>,
     /// How the blank is traced.
     pub options: Options,
     /// What the processes of one move share.
@@ -246,4 +248,9 @@ pub struct Common {
     pub(crate) corrected: BTreeSet<u64>,
     /// What epoll sets watch already, by key.
     pub(crate) given: BTreeMap<u64, epoll::Given>,
+    /// Memories with a descriptor, by number, and those that have been made anew inside the freeze.
+    pub(crate) memories: BTreeMap<u64, OwnedFd>,
+    pub(crate) remade: BTreeSet<u64>,
+    /// Unix sockets that are being made.
+    pub(crate) unix: unix::Making,
 }

@@ -34,6 +34,21 @@ pub fn set_ticks(timerfd: BorrowedFd<'_>, ticks: u64) -> Result<(), Errno> {
     check(i64::from(answer)).map(|_| ())
 }
 
+/// Who is signalled when a descriptor with O_ASYNC is ready: F_OWNER_TID 0, F_OWNER_PID 1 or F_OWNER_PGRP 2, whose number
+/// (as the caller numbers processes; 0: nobody, or nobody that is seen), and by which signal (0: SIGIO). See fcntl(2).
+pub fn signal_owner(fd: BorrowedFd<'_>) -> Result<(i32, i32, i32), Errno> {
+    const F_GETSIG: i32 = 11;
+    const F_GETOWN_EX: i32 = 16;
+    let mut owner = [0i32; 2];
+    // SAFETY: the kernel writes two ints, which outlive the call.
+    check(i64::from(unsafe {
+        libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, owner.as_mut_ptr())
+    }))?;
+    // SAFETY: numbers only.
+    let signal = check(i64::from(unsafe { libc::fcntl(fd.as_raw_fd(), F_GETSIG) }))?;
+    Ok((owner[0], owner[1], signal as i32))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

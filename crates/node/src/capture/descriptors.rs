@@ -5,7 +5,9 @@
 //! that is not understood is an obstacle.
 
 use crate::capture::Surroundings;
-use crate::descriptors::{Found, Look, epoll, event, file, pipe, signals, timer};
+use crate::descriptors::{
+    Found, Look, Refusal, epoll, event, file, memory, owner, pipe, process, signals, timer, unix,
+};
 use crate::files::contents;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::Pid;
@@ -13,10 +15,13 @@ use dunlin_proto::image::{self, Description, DescriptionKind, Descriptor, FileLo
 use dunlin_sys::inspect;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::{FdInfo, Lock, LockKind};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
 const O_CLOEXEC: u32 = 0o2_000_000;
+const O_ASYNC: u32 = 0o20_000;
 
 /// One descriptor as /proc shows it: cheap to read, and enough to see whether anything changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,6 +79,8 @@ pub fn glimpse(dir: &ProcDir) -> io::Result<Vec<Glimpse>> {
 pub struct Met {
     all: Vec<Known>,
     round: u32,
+    /// Handles on descriptions in flight.
+    held: Vec<OwnedFd>,
 }
 
 #[derive(Debug)]
@@ -87,6 +94,7 @@ impl Met {
     /// What was met before may have changed: the processes are all looked at again.
     pub fn begin(&mut self) {
         self.round += 1;
+        self.held.clear();
     }
 
     /// The key of a description.
@@ -99,10 +107,12 @@ impl Met {
             .filter(|(_, known)| known.glimpse.is_like(glimpse))
         {
             let (one, other) = (glimpse.number, known.glimpse.number);
-            if (known.host, other) == (host, one) {
+            if (known.host, other) == (host, one) && !is_own(host) {
                 // Its descriptor is this one: of a description that was met in this round, or has become another.
                 same = same.or(Some(at));
-            } else if inspect::same_description((host, known.host), (one, other)).unwrap_or(false) {
+            } else if (known.host, other) != (host, one)
+                && inspect::same_description((host, known.host), (one, other)).unwrap_or(false)
+            {
                 same = Some(at);
                 break;
             }
@@ -124,6 +134,11 @@ impl Met {
             }
         }
     }
+}
+
+/// Numbers of our own are of descriptions in flight, and given out again.
+fn is_own(host: i32) -> bool {
+    host == std::process::id() as i32
 }
 
 /// Whose table is read.
@@ -163,7 +178,10 @@ pub fn read(
                         kind,
                         flags: glimpse.info.flags & !O_CLOEXEC,
                         position: glimpse.info.position,
-                        owner: None,
+                        owner: match glimpse.info.flags & O_ASYNC {
+                            0 => None,
+                            _ => owner::look(owner.host, glimpse.number)?,
+                        },
                         locks: locks(&glimpse.info),
                     }),
                     Err(obstacle) => {
@@ -248,14 +266,19 @@ fn describe(look: &Look<'_>) -> Found {
         b"anon_inode:[eventpoll]" => Ok(Ok(DescriptionKind::Epoll { watches: Vec::new() })),
         b"anon_inode:[timerfd]" => timer::look(look, None),
         b"anon_inode:[signalfd]" => signals::look(look),
+        b"anon_inode:[pidfd]" => process::look(look),
+        other if memory::is(other) => memory::look(look),
         other if other.starts_with(b"anon_inode:") => look.refuse(
             "a descriptor of this kind cannot be moved yet",
             "see `dunlin can-move` after closing it, or run the program without the feature that needs it",
         ),
-        other if other.starts_with(b"socket:") => look.refuse(
-            "sockets cannot be moved yet",
-            "close the connection, or keep the process on this node",
-        ),
+        other if other.starts_with(b"socket:") => match dunlin_sys::socket::what(look.take()?.as_fd())?.family {
+            dunlin_sys::socket::unix::FAMILY => unix::look(look),
+            _ => look.refuse(
+                "sockets cannot be moved yet",
+                "close the connection, or keep the process on this node",
+            ),
+        },
         _ => file::look(look),
     }
 }
@@ -319,7 +342,11 @@ fn watched_elsewhere(look: &Look<'_>, found: &epoll::Found, met: &mut Met) -> io
 /// Has the process something that can change without anything to be seen in [`glimpse`]?
 pub fn is_volatile(files: &Files) -> bool {
     files.descriptions.iter().any(|description| match description.kind {
-        DescriptionKind::Deleted { .. } | DescriptionKind::Pipe { .. } | DescriptionKind::Timer(_) => true,
+        DescriptionKind::Deleted { .. }
+        | DescriptionKind::Memory { .. }
+        | DescriptionKind::Pipe { .. }
+        | DescriptionKind::Timer(_)
+        | DescriptionKind::Unix(_) => true,
         DescriptionKind::File(_)
         | DescriptionKind::Directory(_)
         | DescriptionKind::Kernel(_)
@@ -328,44 +355,120 @@ pub fn is_volatile(files: &Files) -> bool {
         | DescriptionKind::Stream { .. }
         | DescriptionKind::Event { .. }
         | DescriptionKind::Epoll { .. }
-        | DescriptionKind::Signals(_) => false,
+        | DescriptionKind::Signals(_)
+        | DescriptionKind::Process(_) => false,
     })
 }
 
 /// Reads, inside the freeze, what changes without anything to be seen in [`glimpse`]: the bytes of files without a name and
-/// of pipes (with the first reading end of each), the time that timers have left.
+/// of pipes (with the first reading end of each), the time that timers have left, what unix sockets are and what waits in
+/// them. Descriptions in flight there, which may be in nobody's table, come to the others.
 pub fn refresh(
     owner: &Owner<'_>,
     glimpses: &[Glimpse],
     files: &mut Files,
+    met: &mut Met,
     obstacles: &mut Vec<Obstacle>,
 ) -> io::Result<()> {
-    let mut pipes = std::collections::BTreeSet::new();
-    let dir = ProcDir::process(owner.host);
-    for index in 0..files.descriptions.len() {
-        let mut table = files.table.iter();
-        let number = table.find(|d| d.description == index as u32).map(|d| d.number);
+    // Those in flight are read anew.
+    let in_tables = files
+        .table
+        .iter()
+        .map(|d| d.description as usize + 1)
+        .max()
+        .unwrap_or(0);
+    files.descriptions.truncate(in_tables);
+    let mut first = vec![None; in_tables];
+    for descriptor in files.table.iter().rev() {
+        first[descriptor.description as usize] = Some(descriptor.number);
+    }
+    let mut refresher = Refresher {
+        owner,
+        met,
+        pipes: BTreeSet::new(),
+        flying: BTreeMap::new(),
+    };
+    let (dir, own) = (ProcDir::process(owner.host), std::process::id() as i32);
+    let own_dir = ProcDir::process(own);
+    let mut index = 0;
+    // It grows.
+    while index < files.descriptions.len() {
+        let flying = refresher.flying.get(&index).cloned();
+        let number = first.get(index).copied().flatten();
         let at = number.and_then(|number| glimpses.binary_search_by_key(&number, |g| g.number).ok());
-        let Some(glimpse) = at.map(|at| &glimpses[at]) else {
-            continue;
+        let look = match (&flying, at) {
+            (Some(glimpse), _) => Look {
+                host: own,
+                ..owner.look(&own_dir, glimpse)
+            },
+            (None, Some(at)) => owner.look(&dir, &glimpses[at]),
+            (None, None) => {
+                index += 1;
+                continue;
+            }
         };
-        let look = owner.look(&dir, glimpse);
+        if let Err(obstacle) = refresher.refresh(&look, index, files)? {
+            obstacles.push(*obstacle);
+        }
+        index += 1;
+    }
+    Ok(())
+}
+
+struct Refresher<'a> {
+    owner: &'a Owner<'a>,
+    met: &'a mut Met,
+    pipes: BTreeSet<u64>,
+    /// Descriptions in flight, by index: our own handles on them.
+    flying: BTreeMap<usize, Glimpse>,
+}
+
+impl Refresher<'_> {
+    fn refresh(&mut self, look: &Look<'_>, index: usize, files: &mut Files) -> io::Result<Result<(), Refusal>> {
         match &mut files.descriptions[index].kind {
-            DescriptionKind::Deleted { bytes, .. } => *bytes = contents(&look.link(), file::MAX_DELETED_BYTES)?,
+            DescriptionKind::Deleted { bytes, .. } | DescriptionKind::Memory { bytes, .. } => {
+                *bytes = contents(&look.link(), file::MAX_DELETED_BYTES)?;
+            }
             DescriptionKind::Pipe {
                 pipe,
                 write: false,
                 capacity,
                 bytes,
-            } if pipes.insert(*pipe) => *bytes = pipe::peek(owner.host, glimpse.number, *capacity)?,
+            } if self.pipes.insert(*pipe) => *bytes = pipe::peek(look.host, look.glimpse.number, *capacity)?,
             kind @ DescriptionKind::Timer(_) => {
                 let DescriptionKind::Timer(before) = &kind else {
-                    continue;
+                    return Ok(Ok(()));
                 };
-                match timer::look(&look, Some(before))? {
+                match timer::look(look, Some(before))? {
                     Ok(now) => *kind = now,
-                    Err(obstacle) => obstacles.push(*obstacle),
+                    Err(obstacle) => return Ok(Err(obstacle)),
                 }
+            }
+            DescriptionKind::Unix(_) => {
+                let mut socket = match unix::look(look)? {
+                    Ok(DescriptionKind::Unix(socket)) => socket,
+                    Ok(_) => return Ok(Ok(())),
+                    Err(obstacle) => return Ok(Err(obstacle)),
+                };
+                let queue = match unix::queue(look, &socket)? {
+                    Ok(queue) => queue,
+                    Err(obstacle) => return Ok(Err(obstacle)),
+                };
+                for waiting in queue {
+                    let mut descriptors = Vec::new();
+                    for fd in waiting.descriptors {
+                        match self.in_flight(fd, files)? {
+                            Ok(key) => descriptors.push(key),
+                            Err(obstacle) => return Ok(Err(obstacle)),
+                        }
+                    }
+                    socket.queue.push(image::UnixMessage {
+                        bytes: waiting.bytes,
+                        descriptors,
+                        credentials: waiting.credentials.map(unix::sender),
+                    });
+                }
+                files.descriptions[index].kind = DescriptionKind::Unix(socket);
             }
             DescriptionKind::Pipe { .. }
             | DescriptionKind::File(_)
@@ -376,8 +479,47 @@ pub fn refresh(
             | DescriptionKind::Stream { .. }
             | DescriptionKind::Event { .. }
             | DescriptionKind::Epoll { .. }
-            | DescriptionKind::Signals(_) => {}
+            | DescriptionKind::Signals(_)
+            | DescriptionKind::Process(_) => {}
         }
+        Ok(Ok(()))
     }
-    Ok(())
+
+    /// The key of a description in flight, of which this is a handle of ours. It is added to the others if it is none of
+    /// them.
+    fn in_flight(&mut self, fd: OwnedFd, files: &mut Files) -> io::Result<Result<u64, Refusal>> {
+        let own = std::process::id() as i32;
+        let dir = ProcDir::process(own);
+        let glimpse = Glimpse::of(&dir, fd.as_raw_fd())?.ok_or(io::ErrorKind::NotFound)?;
+        let key = self.met.key(own, &glimpse)?;
+        // As long as it is open here, it is known when it is met again.
+        self.met.held.push(fd);
+        if files.descriptions.iter().any(|d| d.key == key) {
+            return Ok(Ok(key));
+        }
+        let look = Look {
+            host: own,
+            ..self.owner.look(&dir, &glimpse)
+        };
+        let kind = match describe(&look)? {
+            Ok(DescriptionKind::Epoll { .. }) => {
+                return look.refuse(
+                    "an epoll set that is on its way through a unix socket (SCM_RIGHTS) cannot be moved",
+                    "try again when it has been received",
+                );
+            }
+            Ok(kind) => kind,
+            Err(obstacle) => return Ok(Err(obstacle)),
+        };
+        files.descriptions.push(Description {
+            key,
+            kind,
+            flags: glimpse.info.flags & !O_CLOEXEC,
+            position: glimpse.info.position,
+            owner: None,
+            locks: Vec::new(),
+        });
+        self.flying.insert(files.descriptions.len() - 1, glimpse);
+        Ok(Ok(key))
+    }
 }

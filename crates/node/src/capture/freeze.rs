@@ -368,7 +368,7 @@ impl Frozen {
             let before = Some((source.glimpses.as_slice(), planned));
             descriptors::read(&owner, &glimpses, before, met, obstacles)?
         };
-        descriptors::refresh(&owner, &glimpses, &mut files, obstacles)?;
+        descriptors::refresh(&owner, &glimpses, &mut files, met, obstacles)?;
         source.glimpses = glimpses;
         if files == source.plan.image.files {
             return Ok(None);
@@ -497,6 +497,30 @@ impl Frozen {
             thread.thread.detach(0)?;
         }
         Ok(())
+    }
+
+    /// After the commit, before any descriptor of the move is closed: that must signal nobody (O_ASYNC), as the signal would
+    /// follow the process.
+    pub fn hush(&self) -> Result<(), CaptureError> {
+        const SYS_FCNTL: i64 = 72;
+        const F_SETFL: u64 = 4;
+        const O_ASYNC: u32 = 0o20_000;
+        let files = &self.source.plan.image.files;
+        let mut script = Script::new(&self.source.foothold.arena);
+        for descriptor in &files.table {
+            let description = &files.descriptions[descriptor.description as usize];
+            if description.owner.is_some() {
+                let flags = u64::from(description.flags & !O_ASYNC);
+                script.attempt("fcntl", SYS_FCNTL, &[descriptor.number as u64, F_SETFL, flags]);
+            }
+        }
+        if script.is_empty() {
+            return Ok(());
+        }
+        let leader = Stopped::assume(self.source.host);
+        leader.set_signal_mask(SCRIPT_MASK)?;
+        let (leader, _) = script.run(leader)?;
+        Ok(leader.set_signal_mask(u64::MAX)?)
     }
 
     /// After the commit: leaves the address space to a keeper and hands back the emptied first thread, still parked.

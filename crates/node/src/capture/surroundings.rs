@@ -4,10 +4,11 @@
 
 use dunlin_proto::ids::{Pid, RunId};
 use dunlin_sys::procfs::ProcDir;
+use dunlin_sys::socket::{in_network, unix};
 use std::cell::OnceCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -20,6 +21,8 @@ pub struct Surroundings<'a> {
     /// Host numbers and PIDs of all other processes of the nest.
     pub staying: Vec<(i32, Pid)>,
     holders: OnceCell<HashMap<(u64, u64), Pid>>,
+    diagnosis: OnceCell<OwnedFd>,
+    sockets: OnceCell<HashSet<u64>>,
 }
 
 impl<'a> Surroundings<'a> {
@@ -34,12 +37,46 @@ impl<'a> Surroundings<'a> {
             moving,
             staying,
             holders: OnceCell::new(),
+            diagnosis: OnceCell::new(),
+            sockets: OnceCell::new(),
         }
     }
 
     /// Looks at all that may be asked later, so that no looking falls into a freeze.
     pub fn look(&self) {
         self.holders();
+        // Whoever needs it will ask again, and be told why not.
+        let _ = self.diagnosis();
+    }
+
+    /// Tells of the sockets of the nest.
+    pub fn diagnosis(&self) -> io::Result<BorrowedFd<'_>> {
+        if let Some(socket) = self.diagnosis.get() {
+            return Ok(socket.as_fd());
+        }
+        let host = self.moving.first().copied().unwrap_or_default();
+        let network = std::fs::File::open(ProcDir::process(host).path("ns/net"))?;
+        let socket = in_network(network.as_fd(), unix::diagnosis)??;
+        Ok(self.diagnosis.get_or_init(|| socket).as_fd())
+    }
+
+    /// Whether a process that moves has a socket open, by its inode.
+    pub fn moves(&self, socket: u64) -> io::Result<bool> {
+        if let Some(sockets) = self.sockets.get() {
+            return Ok(sockets.contains(&socket));
+        }
+        let mut found = HashSet::new();
+        for host in &self.moving {
+            let dir = ProcDir::process(*host);
+            for number in dir.numbers("fd")? {
+                let link = dir.link(&format!("fd/{number}")).unwrap_or_default();
+                let inode = link
+                    .to_str()
+                    .and_then(|link| link.strip_prefix("socket:[")?.strip_suffix(']'));
+                found.extend(inode.and_then(|inode| inode.parse::<u64>().ok()));
+            }
+        }
+        Ok(self.sockets.get_or_init(|| found).contains(&socket))
     }
 
     /// Whether a process that stays has the file behind this link open (through whatever description: the check errs
@@ -49,8 +86,8 @@ impl<'a> Surroundings<'a> {
         Ok(self.holders().contains_key(&(meta.dev(), meta.ino())))
     }
 
-    /// A process that stays and has this pipe open.
-    pub fn pipe_outside(&self, inode: u64) -> io::Result<Option<Pid>> {
+    /// A process that stays and has this pipe or socket open.
+    pub fn open_outside(&self, inode: u64) -> io::Result<Option<Pid>> {
         Ok(self
             .holders()
             .iter()

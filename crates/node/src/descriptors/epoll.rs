@@ -10,14 +10,14 @@ use super::{Look, Refusal};
 use crate::capture::descriptors::Glimpse;
 use crate::install::Wanted;
 use crate::restore::{Blank, During, Kit, RestoreError};
-use dunlin_proto::image::{DescriptionKind, Files, Watch};
+use dunlin_proto::image::{Description, DescriptionKind, Files, Watch};
 use dunlin_sys::inspect;
 use dunlin_sys::procfs::special;
 use dunlin_sys::script::Script;
-use rustix::event::epoll;
+use rustix::event::{PollFd, PollFlags, epoll};
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 const SYS_CLOSE: i64 = 3;
 const SYS_EPOLL_CTL: i64 = 233;
@@ -56,7 +56,7 @@ pub(crate) fn look(look: &Look<'_>) -> io::Result<Vec<Found>> {
             nth: *nth - 1,
         }
     };
-    Ok(special::watches(&look.info()?)?.into_iter().map(of).collect())
+    Ok(special::watches(&look.glimpse.steady)?.into_iter().map(of).collect())
 }
 
 /// Whether a descriptor is what a watch is of.
@@ -104,9 +104,12 @@ pub(crate) struct Given {
     watches: BTreeMap<Watch, u64>,
 }
 
-/// Gives all epoll sets of the moved processes what they watch; again after anything of it has changed.
-pub(crate) fn connect(blanks: &[Blank], kit: &mut Kit<'_>) -> Result<(), RestoreError> {
+/// Gives all epoll sets of the moved processes what they watch; again after anything of it has changed. Watches that have
+/// fired are made to only when this is the `last` time, when what they watch has in it what it had.
+pub(crate) fn connect(blanks: &[Blank], last: bool, kit: &mut Kit<'_>) -> Result<(), RestoreError> {
     let mut done = Vec::new();
+    let all = blanks.iter().flat_map(|blank| &blank.files().descriptions);
+    let all: BTreeMap<u64, &Description> = all.map(|description| (description.key, description)).collect();
     for blank in blanks {
         let files = blank.files();
         for descriptor in &files.table {
@@ -120,8 +123,9 @@ pub(crate) fn connect(blanks: &[Blank], kit: &mut Kit<'_>) -> Result<(), Restore
                     blank,
                     number: descriptor.number,
                     key: description.key,
+                    all: &all,
                 }
-                .connect(watches, kit)?;
+                .connect(watches, last, kit)?;
             }
         }
     }
@@ -133,10 +137,12 @@ struct Set<'a> {
     blank: &'a Blank,
     number: i32,
     key: u64,
+    /// All descriptions of the move, by key.
+    all: &'a BTreeMap<u64, &'a Description>,
 }
 
 impl Set<'_> {
-    fn connect(&self, watches: &[Watch], kit: &mut Kit<'_>) -> Result<(), RestoreError> {
+    fn connect(&self, watches: &[Watch], last: bool, kit: &mut Kit<'_>) -> Result<(), RestoreError> {
         let pid = self.blank.pid;
         if watches.len() > MAX_WATCHES {
             return Err(RestoreError::Unsound {
@@ -153,7 +159,7 @@ impl Set<'_> {
         let set = made(&self.key)?;
         kit.options = self.blank.options;
         let mut wanted = BTreeMap::new();
-        for watch in watches {
+        for watch in watches.iter().filter(|watch| last || !has_fired(watch)) {
             wanted.insert(*watch, made(&watch.target)?);
         }
         let mut given = kit.common.given.remove(&self.key).unwrap_or_default();
@@ -186,7 +192,9 @@ impl Set<'_> {
                 })
                 .collect();
             self.control(ADD, &armed, kit)?;
+            let readied = self.make_ready(&fired, kit)?;
             self.let_fire(&fired, kit)?;
+            self.make_unready(readied, kit)?;
         }
         let missing = wanted
             .keys()
@@ -270,6 +278,56 @@ impl Set<'_> {
         crate::restore::install(pid, pid, self.blank.leader(), at, vec![wanted], kit).map(|_| ())
     }
 
+    /// Sees to it that what is watched is ready for something. What has been done to it for that is to be undone.
+    fn make_ready(&self, fired: &[Watch], kit: &Kit<'_>) -> Result<Vec<u64>, RestoreError> {
+        let pid = self.blank.pid;
+        let mut readied = Vec::new();
+        for watch in fired {
+            let (Some(description), Some(fd)) =
+                (self.all.get(&watch.target), kit.common.descriptions.get(&watch.target))
+            else {
+                continue;
+            };
+            match &description.kind {
+                DescriptionKind::Pipe { pipe, write: false, .. }
+                    if !is_ready(fd).during(pid, "looking at a pipe")? =>
+                {
+                    if let Some((_, writing)) = kit.common.pipes.get(pipe) {
+                        rustix::io::write(writing, &[0]).during(pid, "letting a watch fire")?;
+                        readied.push(watch.target);
+                    }
+                }
+                DescriptionKind::Timer(timer) if timer.ticks == 0 => {
+                    dunlin_sys::fdcalls::set_ticks(fd.as_fd(), 1).during(pid, "letting a watch fire")?;
+                    readied.push(watch.target);
+                }
+                _ => {}
+            }
+        }
+        Ok(readied)
+    }
+
+    fn make_unready(&self, readied: Vec<u64>, kit: &Kit<'_>) -> Result<(), RestoreError> {
+        let pid = self.blank.pid;
+        for key in readied {
+            let (Some(description), Some(fd)) = (self.all.get(&key), kit.common.descriptions.get(&key)) else {
+                continue;
+            };
+            match &description.kind {
+                DescriptionKind::Pipe { pipe, .. } => {
+                    if let Some((reading, _)) = kit.common.pipes.get(pipe) {
+                        rustix::io::read(reading, &mut [0; 1]).during(pid, "letting a watch fire")?;
+                    }
+                }
+                DescriptionKind::Timer(timer) => {
+                    super::timer::set(fd, timer, self.blank.host).during(pid, "letting a watch fire")?;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Takes out the events of watches that are to have fired; all of them must be ready for something.
     fn let_fire(&self, fired: &[Watch], kit: &Kit<'_>) -> Result<(), RestoreError> {
         let pid = self.blank.pid;
@@ -311,4 +369,11 @@ impl Set<'_> {
 
 fn has_fired(watch: &Watch) -> bool {
     watch.events & ONESHOT != 0 && watch.events & !MANNER == 0
+}
+
+fn is_ready(fd: &OwnedFd) -> io::Result<bool> {
+    let interest = PollFlags::IN | PollFlags::OUT | PollFlags::PRI;
+    let mut polled = [PollFd::new(fd, interest)];
+    let no_time = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    Ok(rustix::event::poll(&mut polled, Some(&no_time))? > 0)
 }

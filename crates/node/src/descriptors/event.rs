@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 pub(crate) fn look(look: &Look<'_>) -> Found {
-    let (count, semaphore) = special::event(&look.info()?)?;
+    let (count, semaphore) = special::event(&look.glimpse.steady)?;
     Ok(Ok(DescriptionKind::Event { count, semaphore }))
 }
 
@@ -29,7 +29,7 @@ pub(crate) fn change(fd: &OwnedFd, from: u64, to: u64) -> io::Result<()> {
         let flags = rustix::fs::fcntl_getfl(fd)?;
         rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK)?;
         let mut word = [0; 8];
-        while let Ok(_) = rustix::io::read(fd, &mut word) {}
+        while rustix::io::read(fd, &mut word).is_ok() {}
         rustix::fs::fcntl_setfl(fd, flags)?;
         return raise(fd, to);
     }

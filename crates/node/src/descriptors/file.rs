@@ -76,12 +76,6 @@ pub(crate) fn look(look: &Look<'_>) -> Found {
 
 fn nameless(look: &Look<'_>, file: &FileRef) -> Found {
     let target = look.target();
-    if target.starts_with(b"/memfd:") {
-        return look.refuse(
-            "shared memory (memfd) cannot be moved yet",
-            "close it, or keep the process on this node",
-        );
-    }
     if file.size > MAX_DELETED_BYTES {
         return look.refuse(
             "it has no name and is too large to travel (256 MiB)",

@@ -24,7 +24,7 @@ pub(crate) fn look(look: &Look<'_>) -> Found {
             "use an unnamed pipe inside a tree that moves as a whole (--tree)",
         );
     }
-    if let Some(other) = look.around.pipe_outside(inode)? {
+    if let Some(other) = look.around.open_outside(inode)? {
         return look.refuse(
             &format!("process {other}, which stays here, has the pipe open"),
             "move the whole pipeline (--tree on its shell)",

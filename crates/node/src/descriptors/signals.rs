@@ -10,7 +10,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 pub(crate) fn look(look: &Look<'_>) -> Found {
-    Ok(Ok(DescriptionKind::Signals(special::signal_mask(&look.info()?)?)))
+    Ok(Ok(DescriptionKind::Signals(special::signal_mask(
+        &look.glimpse.steady,
+    )?)))
 }
 
 pub(crate) fn make(mask: u64, flags: OFlags) -> io::Result<OwnedFd> {

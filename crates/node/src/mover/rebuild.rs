@@ -51,6 +51,7 @@ impl Incoming {
             nest_filters: NEST_FILTERS,
             steer: &steer,
             open_stream: &open_stream,
+            host_of: &|pid| mover.nest.host_pid(pid).ok().flatten(),
             options: Options {
                 follow: true,
                 suspend_seccomp: true,

@@ -152,7 +152,7 @@ impl Blank {
                 descriptors::correct(blank, files, kit)?;
             }
         }
-        Blank::connect(blanks, kit)
+        descriptors::connect_at_last(blanks, kit)
     }
 
     /// Connects the descriptors of prepared processes with each other.

@@ -7,14 +7,14 @@
 
 use super::blank::install;
 use super::{Blank, Common, During, Kit, RestoreError};
-use crate::descriptors::{Refusal, epoll, event, file, pipe, signals, timer};
+use crate::descriptors::{Refusal, epoll, event, file, memory, owner, pipe, process, signals, timer, unix};
 use crate::files::FileError;
 use crate::install::Wanted;
 use crate::obstacle::obstacle;
 use dunlin_proto::image::{Description, DescriptionKind, Files};
 use dunlin_sys::script::Script;
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -49,6 +49,12 @@ pub fn correct(blank: &mut Blank, files: &Files, kit: &mut Kit<'_>) -> Result<()
             continue;
         };
         // Others that share it have the same to say.
+        // Several descriptions may be of one memory: it is made anew with all of them.
+        if let DescriptionKind::Memory { inode, .. } = &description.kind
+            && kit.common.remade.insert(*inode)
+        {
+            kit.common.memories.remove(inode);
+        }
         if kit.common.corrected.insert(description.key) && !change(blank, before, description, kit)? {
             kit.common.forget(description.key);
         }
@@ -60,7 +66,21 @@ pub fn correct(blank: &mut Blank, files: &Files, kit: &mut Kit<'_>) -> Result<()
 
 /// What can be done only when all processes of a move have their descriptors.
 pub fn connect(blanks: &[Blank], kit: &mut Kit<'_>) -> Result<(), RestoreError> {
-    epoll::connect(blanks, kit)
+    epoll::connect(blanks, false, kit)
+}
+
+/// The same inside the freeze, when all that travels is there. What was made and is needed no more goes: an end that the
+/// program has closed meanwhile must be closed when it runs on.
+pub fn connect_at_last(blanks: &[Blank], kit: &mut Kit<'_>) -> Result<(), RestoreError> {
+    let all = blanks.iter().flat_map(|blank| &blank.files().descriptions);
+    let listed: BTreeSet<u64> = all.map(|description| description.key).collect();
+    kit.common.descriptions.retain(|key, _| listed.contains(key));
+    kit.common.made.retain(|key, _| listed.contains(key));
+    unix::fill(blanks, kit)?;
+    epoll::connect(blanks, true, kit)?;
+    owner::set(blanks)?;
+    kit.common = Common::default();
+    Ok(())
 }
 
 fn make_missing(blank: &Blank, files: &Files, kit: &mut Kit<'_>) -> Result<(), RestoreError> {
@@ -239,6 +259,9 @@ fn change(blank: &Blank, before: &Description, now: &Description, kit: &mut Kit<
                 .during(pid, "setting a timer")?
         }
         (DescriptionKind::Epoll { .. }, DescriptionKind::Epoll { .. }) => true,
+        (DescriptionKind::Unix(before), DescriptionKind::Unix(now)) => {
+            unix::change(fd, before, now).during(pid, "setting a unix socket")?
+        }
         (
             DescriptionKind::Pipe { pipe, write, .. },
             DescriptionKind::Pipe {
@@ -296,6 +319,17 @@ fn make(blank: &Blank, description: &Description, kit: &mut Kit<'_>) -> Result<R
         DescriptionKind::Epoll { .. } => Ok(epoll::make().during(pid, "making an epoll set")?),
         DescriptionKind::Timer(timer) => Ok(timer::make(timer, blank.host, flags).during(pid, "making a timer")?),
         DescriptionKind::Signals(mask) => Ok(signals::make(*mask, flags).during(pid, "making a signalfd")?),
+        DescriptionKind::Memory {
+            inode,
+            name,
+            mode,
+            seals,
+            bytes,
+        } => Ok(
+            memory::make(&mut kit.common, *inode, name, (*mode, *seals), bytes, flags).during(pid, "making a memfd")?,
+        ),
+        DescriptionKind::Process(process) => Ok(process::make(blank, *process, flags, kit)?),
+        DescriptionKind::Unix(socket) => Ok(unix::make(blank, socket, flags, kit)?),
     };
     if let Ok(fd) = &fd {
         place(fd, description).during(pid, "setting offsets")?;
@@ -306,9 +340,10 @@ fn make(blank: &Blank, description: &Description, kit: &mut Kit<'_>) -> Result<R
 /// Puts the offset where it was, for what has one.
 fn place(fd: &OwnedFd, description: &Description) -> io::Result<()> {
     match description.kind {
-        DescriptionKind::File(_) | DescriptionKind::Kernel(_) | DescriptionKind::Deleted { .. } => {
-            file::place(fd, false, description.position)
-        }
+        DescriptionKind::File(_)
+        | DescriptionKind::Kernel(_)
+        | DescriptionKind::Deleted { .. }
+        | DescriptionKind::Memory { .. } => file::place(fd, false, description.position),
         DescriptionKind::Directory(_) => file::place(fd, true, description.position),
         DescriptionKind::Device(_)
         | DescriptionKind::Path(_)
@@ -317,7 +352,9 @@ fn place(fd: &OwnedFd, description: &Description) -> io::Result<()> {
         | DescriptionKind::Event { .. }
         | DescriptionKind::Epoll { .. }
         | DescriptionKind::Timer(_)
-        | DescriptionKind::Signals(_) => Ok(()),
+        | DescriptionKind::Signals(_)
+        | DescriptionKind::Unix(_)
+        | DescriptionKind::Process(_) => Ok(()),
     }
 }
 

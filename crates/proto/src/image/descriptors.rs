@@ -4,7 +4,7 @@
 //! Descriptions that refer to each other do so by their keys.
 
 use super::FileRef;
-use crate::ids::RunId;
+use crate::ids::{Pid, RunId};
 use serde::{Deserialize, Serialize};
 
 /// A process's descriptors.
@@ -61,8 +61,8 @@ pub struct Description {
     pub flags: u32,
     /// Its offset.
     pub position: u64,
-    /// F_GETOWN: who gets SIGIO, if anybody.
-    pub owner: Option<(i32, i32)>,
+    /// Of one with O_ASYNC: who is signalled (F_GETOWN_EX: kind and number) and by which signal (F_GETSIG).
+    pub owner: Option<(i32, Pid, i32)>,
     /// The locks that the process has made through it.
     pub locks: Vec<FileLock>,
 }
@@ -147,6 +147,70 @@ pub enum DescriptionKind {
     Timer(TimerFd),
     /// Signals to be read: signal N is bit N − 1.
     Signals(u64),
+    /// A socket of the unix family.
+    Unix(Box<UnixSocket>),
+    /// Memory with a descriptor (memfd_create) that nobody has mapped: its bytes travel.
+    Memory {
+        /// Which of those of the move: its inode at the source.
+        inode: u64,
+        /// Its name.
+        name: Vec<u8>,
+        /// Its permissions.
+        mode: u32,
+        /// F_GET_SEALS.
+        seals: u32,
+        /// Its bytes.
+        bytes: Vec<u8>,
+    },
+    /// A process (pidfd_open).
+    Process(Pid),
+}
+
+/// A socket of the unix family, all of whose relations move together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnixSocket {
+    /// Its number among those of the move: its inode at the source.
+    pub inode: u64,
+    /// SOCK_STREAM, SOCK_DGRAM or SOCK_SEQPACKET.
+    pub kind: i32,
+    /// What it is to others.
+    pub state: UnixState,
+    /// RCV_SHUTDOWN 1, SEND_SHUTDOWN 2.
+    pub shutdown: u8,
+    /// Level, number and bytes of each option, in the order in which they are set.
+    pub options: Vec<(i32, i32, Vec<u8>)>,
+    /// SO_PASSCRED and SO_PASSSEC.
+    pub passes: [bool; 2],
+    /// SO_SNDBUF and SO_RCVBUF.
+    pub buffers: [u32; 2],
+    /// User, group and mode of the inode.
+    pub owner: (u32, u32, u32),
+    /// User and group whom SO_PEERCRED names.
+    pub peer_credentials: (u32, u32),
+    /// What waits in it, oldest first; inside the freeze only.
+    pub queue: Vec<UnixMessage>,
+}
+
+/// What a unix socket is to others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UnixState {
+    /// It is not connected.
+    Idle,
+    /// It is connected with the socket of this number.
+    Connected(u64),
+    /// It was connected, and the other end is closed.
+    Alone,
+}
+
+/// What waits in a unix socket: a message, or a stretch of a stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnixMessage {
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+    /// The [keys](Description::key) of descriptions in flight (SCM_RIGHTS).
+    pub descriptors: Vec<u64>,
+    /// Who sent it, user and group, where that was noted (SCM_CREDENTIALS).
+    pub credentials: Option<(Pid, u32, u32)>,
 }
 
 /// What an epoll set watches.
