@@ -60,6 +60,14 @@ fn python_with_threads() {
 }
 
 #[test]
+fn python_with_an_event_loop() {
+    let workshop = Workshop::new("asyncio");
+    let script = program("loops.py");
+    let argv = ["/usr/bin/python3", script.to_str().unwrap(), "200"];
+    same_when_moved(&workshop, "asyncio", &argv, false, &[]);
+}
+
+#[test]
 fn xz_with_two_threads() {
     let workshop = Workshop::new("xz");
     let numbers = (0..6_000_000u64).fold(String::new(), |mut text, i| {

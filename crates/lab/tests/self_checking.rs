@@ -103,6 +103,23 @@ fn descriptors_keep_offsets_flags_and_deleted_files() {
 }
 
 #[test]
+fn event_loops_lose_nothing() {
+    travels("waits", &[]);
+}
+
+#[test]
+fn socket_pairs_keep_what_is_on_its_way() {
+    travels("pairs", &[]);
+}
+
+#[test]
+fn a_tree_keeps_its_socket_pairs() {
+    let traveller = Traveller::start("pairs", &["tree"]);
+    journey(&traveller.lab, traveller.run.pid, true, || lives(&traveller.run));
+    traveller.end();
+}
+
+#[test]
 fn limits_names_and_scheduling_come_along() {
     travels("attributes", &[]);
 }

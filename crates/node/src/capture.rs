@@ -7,7 +7,7 @@
 //! pages.
 
 mod ahead;
-mod descriptors;
+pub(crate) mod descriptors;
 mod ended;
 pub mod freeze;
 pub mod held;
@@ -33,9 +33,7 @@ use crate::obstacle::{self, obstacle};
 use descriptors::Glimpse;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{Pid, RunId};
-use dunlin_proto::image::{
-    DescriptionKind, Files, Lineage, MappingKind, Pages, Plan, ProcessImage, Space, ThreadImage, Traits,
-};
+use dunlin_proto::image::{Files, Lineage, MappingKind, Pages, Plan, ProcessImage, Space, ThreadImage, Traits};
 use dunlin_sys::foothold::{Foothold, FootholdError, syscall_instruction};
 use dunlin_sys::inspect;
 use dunlin_sys::pagemap::{self, Query};
@@ -187,7 +185,7 @@ impl Source {
         lineage: Lineage,
         nest_filters: usize,
         around: &Surroundings<'_>,
-        met: &mut Vec<Met>,
+        met: &mut Met,
         watch: bool,
     ) -> Result<Source, CaptureError> {
         let dir = ProcDir::process(host);
@@ -240,7 +238,7 @@ impl Source {
 
         let hole = foothold.range();
         // The program runs: anything may be gone when it is looked at, and the foothold must not stay behind then.
-        let look = |met: &mut Vec<Met>| -> Result<Looked, CaptureError> {
+        let look = |met: &mut Met| -> Result<Looked, CaptureError> {
             let mut obstacles = Vec::new();
             let listing = space::listing(&dir)?;
             let layout = dir.stat()?.layout;
@@ -248,8 +246,9 @@ impl Source {
             let glimpses = descriptors::glimpse(&dir)?;
             // It may have finished reading by the freeze, or be held there for so long already.
             reading::look(pid, host, &glimpses);
+            let owner = descriptors::Owner { pid, host, around };
             let looked = Looked {
-                files: descriptors::read(pid, host, &glimpses, around, met, &mut obstacles)?,
+                files: descriptors::read(&owner, &glimpses, None, met, &mut obstacles)?,
                 tids: read_tids(pid, host, &dir, &mut obstacles)?,
                 traits: read_traits(&dir, &status, &answers)?,
                 resident_bytes: dir.stat()?.rss_pages * PAGE,
@@ -332,24 +331,7 @@ impl Source {
 
     /// The standard streams of runs that it uses.
     pub fn streams(&self) -> Vec<(RunId, u8)> {
-        let stream = |kind: &DescriptionKind| match kind {
-            DescriptionKind::Stream { run, stream } => Some((*run, *stream)),
-            DescriptionKind::File(_)
-            | DescriptionKind::Deleted { .. }
-            | DescriptionKind::Directory(_)
-            | DescriptionKind::Device(_)
-            | DescriptionKind::Kernel(_)
-            | DescriptionKind::Path(_)
-            | DescriptionKind::Pipe { .. }
-            | DescriptionKind::Event { .. } => None,
-        };
-        self.plan
-            .image
-            .files
-            .descriptions
-            .iter()
-            .filter_map(|d| stream(&d.kind))
-            .collect()
+        self.plan.image.files.streams()
     }
 
     /// How far its time namespace's clocks are ahead of this daemon's, nanoseconds.

@@ -147,6 +147,11 @@ impl Entries {
             surrogate::secure(&thread, host)?;
         }
         let (thread, _) = thread.inject(at, SYS_CLOSE_RANGE, all).map_err(other)?;
+        // The exec ends its other threads, which wait in the loop, and waits until they are gone: of one that is traced,
+        // until its tracer, which waits for the exec, has seen its end.
+        for tid in dir.threads()?.into_iter().filter(|tid| *tid != host) {
+            let _ = Stopped::assume(tid).detach(0);
+        }
         self.execute(thread, pid, at, writable.end - 64, &dir, comm)
     }
 

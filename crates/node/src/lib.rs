@@ -4,6 +4,7 @@ pub mod capture;
 pub mod config;
 pub mod control;
 pub mod daemon;
+pub(crate) mod descriptors;
 pub mod dirty;
 pub mod edge;
 pub mod entries;

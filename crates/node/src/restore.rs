@@ -8,7 +8,7 @@
 //! its task, which may be an entry that had been a surrogate.
 
 mod blank;
-mod descriptors;
+pub(crate) mod descriptors;
 mod locks;
 mod mappings;
 mod signals;
@@ -16,10 +16,12 @@ mod sleeper;
 mod threads;
 mod traits;
 
+pub(crate) use blank::install;
 pub use blank::{Blank, Resumed};
 pub use mappings::Remade;
 
 use crate::capture::space;
+use crate::descriptors::{epoll, file, unix};
 use crate::files::{Use, open_same};
 use crate::install::{InstallError, Installer};
 use dunlin_proto::control::Obstacle;
@@ -158,7 +160,7 @@ pub fn examine(plan: &Plan, root: &OwnedFd, shared: &[PathBuf]) -> Vec<Obstacle>
     let mut obstacles = Vec::new();
     let mut look = |file: &FileRef, flags: OFlags, how: Use| {
         if let Err(error) = open_same(root.as_fd(), file, flags, how, shared) {
-            let obstacle = descriptors::missing(pid, file, &error);
+            let obstacle = file::missing(pid, file, &error);
             if !obstacles.contains(&obstacle) {
                 obstacles.push(obstacle);
             }
@@ -224,6 +226,8 @@ pub struct Kit<'a> {
     pub steer: &'a dyn Fn(Pid) -> io::Result<Box<dyn FnOnce() -> io::Result<()> + 'a>>,
     /// The local end of a run's standard stream.
     pub open_stream: &'a dyn Fn(RunId, u8) -> io::Result<OwnedFd>,
+    /// The number on this machine of what has a PID in the nest.
+    pub host_of: &'a dyn Fn(Pid) -> Option<i32>,
     /// How the blank is traced.
     pub options: Options,
     /// What the processes of one move share.
@@ -239,4 +243,16 @@ pub struct Common {
     pub pipes: BTreeMap<u64, (OwnedFd, OwnedFd)>,
     /// Pipes that have their bytes: each process that has a reading end brings them along.
     pub filled: BTreeSet<u64>,
+    /// Which making of it a description is, by key: another one must be installed again.
+    pub(crate) made: BTreeMap<u64, u64>,
+    pub(crate) makings: u64,
+    /// Descriptions that are as they are inside the freeze.
+    pub(crate) corrected: BTreeSet<u64>,
+    /// What epoll sets watch already, by key.
+    pub(crate) given: BTreeMap<u64, epoll::Given>,
+    /// Memories with a descriptor, by number, and those that have been made anew inside the freeze.
+    pub(crate) memories: BTreeMap<u64, OwnedFd>,
+    pub(crate) remade: BTreeSet<u64>,
+    /// Unix sockets that are being made.
+    pub(crate) unix: unix::Making,
 }

@@ -4,10 +4,10 @@
 //! sides while the process is frozen.
 
 use crate::restore::Blank;
-use dunlin_proto::image::{Essence, Files, Mapping, MappingKind, Space, ThreadImage};
+use dunlin_proto::image::{DescriptionKind, Essence, Files, Mapping, MappingKind, Space, ThreadImage};
 use dunlin_sys::pagemap::{self, Query};
 use dunlin_sys::procfs::fdinfo::FdInfo;
-use dunlin_sys::procfs::{ProcDir, maps};
+use dunlin_sys::procfs::{ParseError, ProcDir, maps, special};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
@@ -169,6 +169,46 @@ pub fn compare_files(host: i32, files: &Files) -> Result<(), String> {
             let (is, was) = (found.position, description.position);
             return Err(format!("descriptor {number} is at offset {is}, not {was}"));
         }
+        let same = is_like(&description.kind, &text).map_err(|e| e.to_string())?;
+        if !same {
+            return Err(format!("descriptor {number} is not {:?}, but {text}", description.kind));
+        }
     }
     Ok(())
+}
+
+/// Whether a description of a special kind says of itself what it should.
+fn is_like(kind: &DescriptionKind, info: &str) -> Result<bool, ParseError> {
+    match kind {
+        DescriptionKind::Event { count, semaphore } => Ok(special::event(info)? == (*count, *semaphore)),
+        DescriptionKind::Signals(mask) => Ok(special::signal_mask(info)? == *mask),
+        DescriptionKind::Timer(wanted) => {
+            // It may have expired since.
+            let found = special::timer(info)?;
+            let is = (found.clock, found.flags, found.interval_ns);
+            Ok(is == (wanted.clock, wanted.flags, wanted.interval_ns) && found.ticks >= wanted.ticks)
+        }
+        DescriptionKind::Epoll { watches } => {
+            let found = special::watches(info)?;
+            let mut found: Vec<_> = found.iter().map(|w| (w.number, w.events, w.data)).collect();
+            let mut wanted: Vec<_> = watches.iter().map(|w| (w.number, w.events, w.data)).collect();
+            found.sort_unstable();
+            wanted.sort_unstable();
+            Ok(found == wanted)
+        }
+        DescriptionKind::File(_)
+        | DescriptionKind::Deleted { .. }
+        | DescriptionKind::Directory(_)
+        | DescriptionKind::Kernel(_)
+        | DescriptionKind::Path(_)
+        | DescriptionKind::Device(_)
+        | DescriptionKind::Stream { .. }
+        | DescriptionKind::Pipe { .. }
+        | DescriptionKind::Memory { .. }
+        | DescriptionKind::Unix(_) => Ok(true),
+        DescriptionKind::Process(pid) => {
+            let number = special::value(info, "NSpid:").and_then(|numbers| numbers.rsplit('\t').next());
+            Ok(number.and_then(|number| number.trim().parse().ok()) == Some(pid.0))
+        }
+    }
 }

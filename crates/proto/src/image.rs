@@ -4,7 +4,11 @@
 //! runs, from which the destination prepares; and in the *essence*, taken inside the freeze, against which what was
 //! prepared is corrected. Refuses to know how any of it is read or set. Numbers are those of x86-64 Linux.
 
-use crate::ids::{Pid, RunId};
+mod descriptors;
+
+pub use descriptors::*;
+
+use crate::ids::Pid;
 use serde::{Deserialize, Serialize};
 
 /// One process.
@@ -194,116 +198,6 @@ pub enum KernelMapping {
     Vvar,
     /// Its data for paravirtual clocks (Linux 6.13 and later).
     VvarClock,
-}
-
-/// A process's descriptors.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Files {
-    /// The open file descriptions; shared ones stand once.
-    pub descriptions: Vec<Description>,
-    /// The table, ascending.
-    pub table: Vec<Descriptor>,
-}
-
-/// One descriptor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Descriptor {
-    /// Its number.
-    pub number: i32,
-    /// Which of [`Files::descriptions`].
-    pub description: u32,
-    /// FD_CLOEXEC.
-    pub close_on_exec: bool,
-}
-
-/// One open file description.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Description {
-    /// The same in every process of a tree that shares it.
-    pub key: u64,
-    /// What it is.
-    pub kind: DescriptionKind,
-    /// Open flags without O_CLOEXEC.
-    pub flags: u32,
-    /// Its offset.
-    pub position: u64,
-    /// F_GETOWN: who gets SIGIO, if anybody.
-    pub owner: Option<(i32, i32)>,
-    /// The locks that the process has made through it.
-    pub locks: Vec<FileLock>,
-}
-
-/// A lock of a file, or of a part of it. See fcntl(2) and flock(2).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileLock {
-    /// Whose it is.
-    pub kind: LockKind,
-    /// Exclusive, or shared with other readers.
-    pub write: bool,
-    /// Its first byte.
-    pub start: u64,
-    /// How many bytes; 0 up to the end of the file, wherever that comes to be.
-    pub length: u64,
-}
-
-/// Whose a lock is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum LockKind {
-    /// The process's (F_SETLK).
-    Process,
-    /// The open file description's (F_OFD_SETLK).
-    Description,
-    /// The open file description's, and of the whole file (flock).
-    Whole,
-}
-
-/// What an open file description is of.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum DescriptionKind {
-    /// A regular file, found at the same path.
-    File(FileRef),
-    /// A regular file without a name: its bytes travel.
-    Deleted {
-        /// Where it was.
-        path: Vec<u8>,
-        /// Its permissions.
-        mode: u32,
-        /// Its bytes.
-        bytes: Vec<u8>,
-    },
-    /// A directory.
-    Directory(FileRef),
-    /// A file of the kernel's own, in /proc or /sys: found by its path, with nothing to compare.
-    Kernel(FileRef),
-    /// Any file, open as a path only (O_PATH).
-    Path(FileRef),
-    /// A character device that is the same everywhere: null, zero, full, random, urandom.
-    Device(FileRef),
-    /// A standard stream of a run.
-    Stream {
-        /// Which run.
-        run: RunId,
-        /// 0, 1, 2, or 3 for the terminal.
-        stream: u8,
-    },
-    /// One end of a pipe whose ends all move together.
-    Pipe {
-        /// Which pipe, among those of the tree.
-        pipe: u64,
-        /// The writing end.
-        write: bool,
-        /// F_GETPIPE_SZ.
-        capacity: u32,
-        /// The bytes in it (with its first reading end only).
-        bytes: Vec<u8>,
-    },
-    /// An event counter.
-    Event {
-        /// Its count.
-        count: u64,
-        /// EFD_SEMAPHORE.
-        semaphore: bool,
-    },
 }
 
 /// Signals and timers of a process.

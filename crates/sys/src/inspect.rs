@@ -22,6 +22,17 @@ pub fn description_order(pids: (i32, i32), fds: (i32, i32)) -> Result<i64, Errno
     kcmp(pids, KCMP_FILE, (fds.0 as u64, fds.1 as u64))
 }
 
+/// Whether a descriptor is the one that an epoll descriptor of the same process watches under a number: several may have
+/// been added under one number, which `nth` tells apart. Linear in the size of the set.
+///
+/// Errors: ENOENT when it watches no more under this number; EBADF. See kcmp(2), KCMP_EPOLL_TFD.
+pub fn is_watched_by(process: i32, epoll: i32, watched: i32, nth: u32, candidate: (i32, i32)) -> Result<bool, Errno> {
+    let slot = [epoll as u32, watched as u32, nth];
+    let index = (candidate.1 as u64, slot.as_ptr() as u64);
+    // The kernel reads the slot, which outlives the call.
+    kcmp((candidate.0, process), KCMP_EPOLL_TFD, index).map(|order| order == 0)
+}
+
 /// Whether two tasks share their address space, descriptor table or file-system context, as CLONE_VM, CLONE_FILES,
 /// CLONE_FS make them.
 pub fn shares(pids: (i32, i32), what: Sharing) -> Result<bool, Errno> {
@@ -48,9 +59,10 @@ const KCMP_FILE: i32 = 0;
 const KCMP_VM: i32 = 1;
 const KCMP_FILES: i32 = 2;
 const KCMP_FS: i32 = 3;
+const KCMP_EPOLL_TFD: i32 = 7;
 
 fn kcmp(pids: (i32, i32), kind: i32, indexes: (u64, u64)) -> Result<i64, Errno> {
-    // SAFETY: kcmp takes numbers only.
+    // SAFETY: kcmp takes numbers, and of its kinds KCMP_EPOLL_TFD alone reads behind one: a slot that its caller holds.
     check(unsafe { libc::syscall(libc::SYS_kcmp, pids.0, pids.1, kind, indexes.0, indexes.1) })
 }
 

@@ -6,6 +6,7 @@
 
 pub mod addfd;
 pub mod bpf;
+pub mod fdcalls;
 pub mod fdpass;
 pub mod foothold;
 pub mod foreground;

@@ -7,6 +7,7 @@
 pub mod options;
 pub mod tcp;
 pub mod udp;
+pub mod unix;
 pub mod wire;
 
 use crate::{Errno, check};

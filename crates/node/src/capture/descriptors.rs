@@ -1,36 +1,67 @@
 //! The descriptor table of a captured process.
 //!
-//! Owns what each descriptor is and which descriptors share one open file description. Refuses to keep any of them
-//! open longer than it takes to look. Invariant: a descriptor that is not understood is an obstacle.
+//! Owns the table, and which descriptors share one open file description; what is particular to a kind of description is
+//! in [`crate::descriptors`]. Refuses to keep any of them open longer than it takes to look. Invariant: a descriptor
+//! that is not understood is an obstacle.
 
 use crate::capture::Surroundings;
-use crate::files::{contents, file_ref};
-use crate::obstacle;
+use crate::descriptors::{
+    Found, Look, Refusal, epoll, event, file, memory, owner, pipe, process, signals, timer, unix,
+};
+use crate::files::contents;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{self, Description, DescriptionKind, Descriptor, FileLock, Files};
-use dunlin_sys::foothold::take_descriptor;
 use dunlin_sys::inspect;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::{FdInfo, Lock, LockKind};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
 const O_CLOEXEC: u32 = 0o2_000_000;
-const O_APPEND: u32 = 0o2000;
-const O_PATH: u32 = 0o10_000_000;
-const O_ACCMODE: u32 = 0o3;
-const S_IFMT: u32 = 0o170_000;
-/// A deleted file travels whole, before and inside the freeze; a larger one is refused.
-const MAX_DELETED_BYTES: u64 = 256 << 20;
+const O_ASYNC: u32 = 0o20_000;
 
 /// One descriptor as /proc shows it: cheap to read, and enough to see whether anything changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Glimpse {
-    number: i32,
-    link: PathBuf,
-    info: FdInfo,
+    pub(crate) number: i32,
+    pub(crate) link: PathBuf,
+    pub(crate) info: FdInfo,
+    /// The lines of fdinfo that change only when somebody changes the descriptor.
+    pub(crate) steady: String,
+}
+
+impl Glimpse {
+    /// One descriptor of a process; `None` if it was closed meanwhile, which inside a freeze cannot happen.
+    pub(crate) fn of(dir: &ProcDir, number: i32) -> io::Result<Option<Glimpse>> {
+        let (Ok(link), Ok(text)) = (dir.link(&format!("fd/{number}")), dir.text(&format!("fdinfo/{number}"))) else {
+            return Ok(None);
+        };
+        let info = FdInfo::parse(&text)?;
+        let passes = |line: &&str| {
+            !["pos:", "flags:", "ticks:", "it_value:"]
+                .iter()
+                .any(|key| line.starts_with(key))
+        };
+        Ok(Some(Glimpse {
+            number,
+            link,
+            info,
+            steady: text.lines().filter(passes).flat_map(|line| [line, "\n"]).collect(),
+        }))
+    }
+
+    /// Could it be the same description?
+    fn is_like(&self, other: &Glimpse) -> bool {
+        const NUMBERED: &str = "eventfd-id:";
+        let id = |glimpse: &Glimpse| {
+            let line = glimpse.steady.lines().find(|line| line.starts_with(NUMBERED));
+            line.map(str::to_owned)
+        };
+        self.link == other.link && id(self) == id(other)
+    }
 }
 
 impl Glimpse {
@@ -54,72 +85,133 @@ impl Glimpse {
 pub fn glimpse(dir: &ProcDir) -> io::Result<Vec<Glimpse>> {
     let mut all = Vec::new();
     for number in dir.numbers("fd")? {
-        // A descriptor that was closed meanwhile is not there; inside a freeze this cannot happen.
-        let (Ok(link), Ok(info)) = (dir.link(&format!("fd/{number}")), dir.text(&format!("fdinfo/{number}"))) else {
-            continue;
-        };
-        all.push(Glimpse {
-            number,
-            link,
-            info: FdInfo::parse(&info)?,
-        });
+        all.extend(Glimpse::of(dir, number)?);
     }
     Ok(all)
 }
 
-/// An open file description that was already met, in this process or in another of the same move.
-#[derive(Debug, Clone)]
+/// The open file descriptions that were met in the processes of a move. Each has a key that is its own in all of them, and
+/// keeps it from the plan to the freeze.
+#[derive(Debug, Default)]
 pub struct Met {
-    host: i32,
-    number: i32,
-    glimpse: Glimpse,
-    key: u64,
+    all: Vec<Known>,
+    round: u32,
+    /// Handles on descriptions in flight.
+    held: Vec<OwnedFd>,
 }
 
-/// Reads what the descriptors are. Descriptions met before (in `met`) keep their key.
-pub fn read(
-    pid: Pid,
+#[derive(Debug)]
+struct Known {
     host: i32,
+    glimpse: Glimpse,
+    round: u32,
+}
+
+impl Met {
+    /// What was met before may have changed: the processes are all looked at again.
+    pub fn begin(&mut self) {
+        self.round += 1;
+        self.held.clear();
+    }
+
+    /// The key of a description.
+    pub(crate) fn key(&mut self, host: i32, glimpse: &Glimpse) -> io::Result<u64> {
+        let mut same = None;
+        for (at, known) in self
+            .all
+            .iter()
+            .enumerate()
+            .filter(|(_, known)| known.glimpse.is_like(glimpse))
+        {
+            let (one, other) = (glimpse.number, known.glimpse.number);
+            if (known.host, other) == (host, one) && !is_own(host) {
+                // Its descriptor is this one: of a description that was met in this round, or has become another.
+                same = same.or(Some(at));
+            } else if (known.host, other) != (host, one)
+                && inspect::same_description((host, known.host), (one, other)).unwrap_or(false)
+            {
+                same = Some(at);
+                break;
+            }
+        }
+        let now = Known {
+            host,
+            glimpse: glimpse.clone(),
+            round: self.round,
+        };
+        match same {
+            Some(at) if self.all[at].round == self.round => Ok(at as u64 + 1),
+            Some(at) => {
+                self.all[at] = now;
+                Ok(at as u64 + 1)
+            }
+            None => {
+                self.all.push(now);
+                Ok(self.all.len() as u64)
+            }
+        }
+    }
+}
+
+/// Numbers of our own are of descriptions in flight, and given out again.
+fn is_own(host: i32) -> bool {
+    host == std::process::id() as i32
+}
+
+/// Whose table is read.
+pub struct Owner<'a> {
+    /// The process.
+    pub pid: Pid,
+    /// Its number on this machine.
+    pub host: i32,
+    /// The processes around.
+    pub around: &'a Surroundings<'a>,
+}
+
+/// Reads what the descriptors are. What has not changed since `before` is taken from there.
+pub fn read(
+    owner: &Owner<'_>,
     glimpses: &[Glimpse],
-    around: &Surroundings<'_>,
-    met: &mut Vec<Met>,
+    before: Option<(&[Glimpse], &Files)>,
+    met: &mut Met,
     obstacles: &mut Vec<Obstacle>,
 ) -> io::Result<Files> {
     let mut files = Files::default();
-    let dir = ProcDir::process(host);
+    let dir = ProcDir::process(owner.host);
+    let mut sets = Vec::new();
     for glimpse in glimpses {
-        let key = match known(host, glimpse, met)? {
-            Some(key) => key,
-            None => {
-                let key = met.len() as u64 + 1;
-                met.push(Met {
-                    host,
-                    number: glimpse.number,
-                    glimpse: glimpse.clone(),
-                    key,
-                });
-                key
-            }
-        };
+        let key = met.key(owner.host, glimpse)?;
+        let look = owner.look(&dir, glimpse);
         let index = match files.descriptions.iter().position(|d| d.key == key) {
             Some(index) => index,
-            None => match describe(pid, host, &dir, glimpse, around)? {
-                Ok(kind) => {
-                    files.descriptions.push(Description {
+            None => {
+                let kind = match before.and_then(|(glimpses, files)| unchanged(glimpse, glimpses, files)) {
+                    Some(kind) => Ok(kind.clone()),
+                    None => describe(&look)?,
+                };
+                match kind {
+                    Ok(kind) => files.descriptions.push(Description {
                         key,
                         kind,
                         flags: glimpse.info.flags & !O_CLOEXEC,
                         position: glimpse.info.position,
-                        owner: None,
+                        owner: match glimpse.info.flags & O_ASYNC {
+                            0 => None,
+                            _ => owner::look(owner.host, glimpse.number)?,
+                        },
                         locks: locks(&glimpse.info),
-                    });
-                    files.descriptions.len() - 1
+                    }),
+                    Err(obstacle) => {
+                        obstacles.push(*obstacle);
+                        continue;
+                    }
                 }
-                Err(obstacle) => {
-                    obstacles.push(*obstacle);
-                    continue;
+                let index = files.descriptions.len() - 1;
+                if matches!(files.descriptions[index].kind, DescriptionKind::Epoll { .. }) {
+                    sets.push((index, glimpse));
                 }
-            },
+                index
+            }
         };
         files.table.push(Descriptor {
             number: glimpse.number,
@@ -127,21 +219,36 @@ pub fn read(
             close_on_exec: glimpse.info.flags & O_CLOEXEC != 0,
         });
     }
+    // What they watch may stand anywhere in the table.
+    for (index, glimpse) in sets {
+        let look = owner.look(&dir, glimpse);
+        let watches = watched(&look, glimpses, &files, met, obstacles)?;
+        files.descriptions[index].kind = DescriptionKind::Epoll { watches };
+    }
     Ok(files)
 }
 
-fn known(host: i32, glimpse: &Glimpse, met: &[Met]) -> io::Result<Option<u64>> {
-    let alike = |m: &&Met| {
-        m.glimpse.link == glimpse.link
-            && m.glimpse.info.position == glimpse.info.position
-            && (m.glimpse.info.flags ^ glimpse.info.flags) & !O_CLOEXEC == 0
-    };
-    for m in met.iter().filter(alike) {
-        if inspect::same_description((host, m.host), (glimpse.number, m.number))? {
-            return Ok(Some(m.key));
+impl Owner<'_> {
+    fn look<'a>(&'a self, dir: &'a ProcDir, glimpse: &'a Glimpse) -> Look<'a> {
+        Look {
+            pid: self.pid,
+            host: self.host,
+            dir,
+            glimpse,
+            around: self.around,
         }
     }
-    Ok(None)
+}
+
+/// What a descriptor is that is as it was.
+fn unchanged<'a>(glimpse: &Glimpse, glimpses: &[Glimpse], files: &'a Files) -> Option<&'a DescriptionKind> {
+    let at = glimpses.binary_search_by_key(&glimpse.number, |g| g.number).ok()?;
+    let before = &glimpses[at];
+    let same = before.link == glimpse.link
+        && before.steady == glimpse.steady
+        && (before.info.flags ^ glimpse.info.flags) & !O_CLOEXEC == 0;
+    let at = files.table.binary_search_by_key(&glimpse.number, |d| d.number).ok()?;
+    same.then(|| &files.descriptions[files.table[at].description as usize].kind)
 }
 
 fn locks(info: &FdInfo) -> Vec<FileLock> {
@@ -163,240 +270,273 @@ fn locks(info: &FdInfo) -> Vec<FileLock> {
     info.locks.iter().filter_map(portable).collect()
 }
 
-type Refusal = Box<Obstacle>;
-
-fn describe(
-    pid: Pid,
-    host: i32,
-    dir: &ProcDir,
-    glimpse: &Glimpse,
-    around: &Surroundings<'_>,
-) -> io::Result<Result<DescriptionKind, Refusal>> {
-    let what = glimpse.link.display();
-    let refuse = |why: &str, hint: &str| {
-        Ok(Err(Box::new(obstacle::descriptor(
-            pid,
-            glimpse.number,
-            &what,
-            why,
-            hint,
-        ))))
-    };
-    if glimpse.info.locks.iter().any(|lock| lock.kind == LockKind::Lease) {
-        return refuse(
+fn describe(look: &Look<'_>) -> Found {
+    if look.glimpse.info.locks.iter().any(|lock| lock.kind == LockKind::Lease) {
+        return look.refuse(
             "it holds a lease (F_SETLEASE), of which the other node's kernel would not know",
             "turn leases off in the program (kernel oplocks, in Samba)",
         );
     }
-    let link = dir.path(&format!("fd/{}", glimpse.number));
-    let text = glimpse.link.as_os_str().as_encoded_bytes();
-    if text.starts_with(b"anon_inode:") {
-        if text == b"anon_inode:[eventfd]" {
-            let info = dir.text(&format!("fdinfo/{}", glimpse.number))?;
-            if let Some(kind) = event(&info) {
-                return Ok(Ok(kind));
-            }
-        }
-        return refuse(
+    match look.target() {
+        b"anon_inode:[eventfd]" => event::look(look),
+        // What it watches is looked up when all descriptors are known.
+        b"anon_inode:[eventpoll]" => Ok(Ok(DescriptionKind::Epoll { watches: Vec::new() })),
+        b"anon_inode:[timerfd]" => timer::look(look, None),
+        b"anon_inode:[signalfd]" => signals::look(look),
+        b"anon_inode:[pidfd]" => process::look(look),
+        other if memory::is(other) => memory::look(look),
+        other if other.starts_with(b"anon_inode:") => look.refuse(
             "a descriptor of this kind cannot be moved yet",
             "see `dunlin can-move` after closing it, or run the program without the feature that needs it",
-        );
+        ),
+        other if other.starts_with(b"socket:") => match dunlin_sys::socket::what(look.take()?.as_fd())?.family {
+            dunlin_sys::socket::unix::FAMILY => unix::look(look),
+            _ => look.refuse(
+                "sockets cannot be moved yet",
+                "close the connection, or keep the process on this node",
+            ),
+        },
+        _ => file::look(look),
     }
-    if text.starts_with(b"socket:") {
-        return refuse(
-            "sockets cannot be moved yet",
-            "close the connection, or keep the process on this node",
-        );
-    }
-    let file = file_ref(&link)?;
-    if glimpse.info.flags & O_PATH != 0 {
-        if text.starts_with(b"/") && !text.ends_with(b" (deleted)") {
-            return Ok(Ok(DescriptionKind::Path(file)));
+}
+
+/// Finds out what an epoll set watches: mostly it is what has the number under which it was added; otherwise it is looked
+/// for among all descriptors of the processes that move.
+fn watched(
+    look: &Look<'_>,
+    glimpses: &[Glimpse],
+    files: &Files,
+    met: &mut Met,
+    obstacles: &mut Vec<Obstacle>,
+) -> io::Result<Vec<image::Watch>> {
+    let mut watches = Vec::new();
+    for found in epoll::look(look)? {
+        let number = found.watch.number;
+        let by_number = glimpses.binary_search_by_key(&number, |g| g.number);
+        let first = by_number.ok().map(|at| &glimpses[at]);
+        let others = glimpses.iter().filter(|glimpse| glimpse.number != number);
+        let mut target = None;
+        for glimpse in first.into_iter().chain(others) {
+            if epoll::is_target(look, &found, look.host, glimpse)? {
+                target = Some(glimpse.number);
+                break;
+            }
         }
-        return refuse(
-            "it is open as a path only (O_PATH), and the path is gone",
-            "close it before the move",
-        );
-    }
-    let identify = || -> io::Result<Option<DescriptionKind>> {
-        let fd = take_descriptor(host, glimpse.number)?;
-        Ok((around.identify)(fd.as_fd()).map(|(run, stream)| DescriptionKind::Stream { run, stream }))
-    };
-    match file.mode & S_IFMT {
-        0o040_000 => Ok(Ok(DescriptionKind::Directory(file))),
-        0o100_000 if text.ends_with(b" (deleted)") => {
-            if text.starts_with(b"/memfd:") {
-                return refuse(
-                    "shared memory (memfd) cannot be moved yet",
-                    "close it, or keep the process on this node",
-                );
-            }
-            if file.size > MAX_DELETED_BYTES {
-                return refuse(
-                    "it has no name and is too large to travel (256 MiB)",
-                    "close it before the move",
-                );
-            }
-            if around.shared_outside(host, &link)? {
-                return refuse(
-                    "it has no name and another process has it open",
-                    "move the tree, or close it",
-                );
-            }
-            let path = text[..text.len() - b" (deleted)".len()].to_vec();
-            // Its bytes are read when everything else is known to be fine, and again in the freeze.
-            Ok(Ok(DescriptionKind::Deleted {
-                path,
-                mode: file.mode & 0o7777,
-                bytes: contents(&link, MAX_DELETED_BYTES)?,
-            }))
-        }
-        0o100_000 if is_of_kernel(&link)? => Ok(Ok(DescriptionKind::Kernel(file))),
-        0o100_000 => {
-            let writes = glimpse.info.flags & O_ACCMODE != 0;
-            let offset_matters = glimpse.info.flags & O_APPEND == 0;
-            if writes && offset_matters && around.shared_outside(host, &link)? {
-                return refuse(
-                    "a process that stays here writes through the same open file description",
-                    "move the tree (--tree), or open the file with O_APPEND",
-                );
-            }
-            Ok(Ok(DescriptionKind::File(file)))
-        }
-        0o020_000 => match text {
-            b"/dev/null" | b"/dev/zero" | b"/dev/full" | b"/dev/random" | b"/dev/urandom" => {
-                Ok(Ok(DescriptionKind::Device(file)))
-            }
-            _ => match identify()? {
-                Some(kind) => Ok(Ok(kind)),
-                None => refuse(
-                    "a device or a foreign terminal cannot be moved",
-                    "start the program with `dunlin run`",
-                ),
+        let key = match target {
+            Some(number) => match files.table.binary_search_by_key(&number, |d| d.number) {
+                Ok(at) => files.descriptions[files.table[at].description as usize].key,
+                // It cannot move itself, and that was said.
+                Err(_) => continue,
             },
-        },
-        0o010_000 => match identify()? {
-            Some(kind) => Ok(Ok(kind)),
-            None => around.pipe(pid, host, dir, glimpse.number, &glimpse.link, glimpse.info.flags),
-        },
-        _ => refuse("a descriptor of this kind cannot be moved", "close it before the move"),
+            None => match watched_elsewhere(look, &found, met)? {
+                Some(key) => key,
+                None => {
+                    obstacles.push(*epoll::unknown(look, &found));
+                    continue;
+                }
+            },
+        };
+        watches.push(image::Watch {
+            target: key,
+            ..found.watch
+        });
     }
+    watches.sort_unstable();
+    Ok(watches)
 }
 
-/// Whether a file is one of /proc or /sys: its bytes are made when it is read, and its times say nothing.
-pub(super) fn is_of_kernel(link: &std::path::Path) -> io::Result<bool> {
-    const PROC_SUPER_MAGIC: i64 = 0x9fa0;
-    const SYSFS_MAGIC: i64 = 0x6265_6572;
-    Ok(matches!(
-        rustix::fs::statfs(link)?.f_type,
-        PROC_SUPER_MAGIC | SYSFS_MAGIC
-    ))
+fn watched_elsewhere(look: &Look<'_>, found: &epoll::Found, met: &mut Met) -> io::Result<Option<u64>> {
+    for host in look.around.moving.iter().filter(|host| **host != look.host) {
+        for glimpse in glimpse(&ProcDir::process(*host))? {
+            if epoll::is_target(look, found, *host, &glimpse)? {
+                return met.key(*host, &glimpse).map(Some);
+            }
+        }
+    }
+    Ok(None)
 }
 
-fn event(info: &str) -> Option<DescriptionKind> {
-    let value = |key: &str| info.lines().find_map(|l| l.strip_prefix(key)).map(str::trim);
-    Some(DescriptionKind::Event {
-        count: u64::from_str_radix(value("eventfd-count:")?, 16).ok()?,
-        semaphore: value("eventfd-semaphore:").is_some_and(|v| v == "1"),
+/// Has the process something that can change without anything to be seen in [`glimpse`]?
+pub fn is_volatile(files: &Files) -> bool {
+    files.descriptions.iter().any(|description| match description.kind {
+        DescriptionKind::Deleted { .. }
+        | DescriptionKind::Memory { .. }
+        | DescriptionKind::Pipe { .. }
+        | DescriptionKind::Timer(_)
+        | DescriptionKind::Unix(_) => true,
+        DescriptionKind::File(_)
+        | DescriptionKind::Directory(_)
+        | DescriptionKind::Kernel(_)
+        | DescriptionKind::Path(_)
+        | DescriptionKind::Device(_)
+        | DescriptionKind::Stream { .. }
+        | DescriptionKind::Event { .. }
+        | DescriptionKind::Epoll { .. }
+        | DescriptionKind::Signals(_)
+        | DescriptionKind::Process(_) => false,
     })
 }
 
-/// Puts the bytes of a pipe into its first reading end's description, once in a whole move.
-pub fn pipe_kind(
-    pid: Pid,
-    host: i32,
-    dir: &ProcDir,
-    number: i32,
-    link: &std::path::Path,
-    flags: u32,
-    around: &Surroundings<'_>,
-) -> io::Result<Result<DescriptionKind, Refusal>> {
-    let meta = std::fs::metadata(dir.path(&format!("fd/{number}")))?;
-    use std::os::unix::fs::MetadataExt;
-    let inode = meta.ino();
-    if !link.as_os_str().as_encoded_bytes().starts_with(b"pipe:") {
-        return Ok(Err(Box::new(obstacle::descriptor(
-            pid,
-            number,
-            link.display(),
-            "a named pipe (FIFO) cannot be moved yet",
-            "use an unnamed pipe inside a tree that moves as a whole (--tree)",
-        ))));
+/// Reads, inside the freeze, what changes without anything to be seen in [`glimpse`]: the bytes of files without a name and
+/// of pipes (with the first reading end of each), the time that timers have left, what unix sockets are and what waits in
+/// them. Descriptions in flight there, which may be in nobody's table, come to the others.
+pub fn refresh(
+    owner: &Owner<'_>,
+    glimpses: &[Glimpse],
+    files: &mut Files,
+    met: &mut Met,
+    obstacles: &mut Vec<Obstacle>,
+) -> io::Result<()> {
+    // Those in flight are read anew.
+    let in_tables = files
+        .table
+        .iter()
+        .map(|d| d.description as usize + 1)
+        .max()
+        .unwrap_or(0);
+    files.descriptions.truncate(in_tables);
+    let mut first = vec![None; in_tables];
+    for descriptor in files.table.iter().rev() {
+        first[descriptor.description as usize] = Some(descriptor.number);
     }
-    if let Some(other) = around.pipe_outside(inode)? {
-        return Ok(Err(Box::new(obstacle::descriptor(
-            pid,
-            number,
-            link.display(),
-            &format!("process {other}, which stays here, has the pipe open"),
-            "move the whole pipeline (--tree on its shell)",
-        ))));
+    let mut refresher = Refresher {
+        owner,
+        met,
+        pipes: BTreeSet::new(),
+        flying: BTreeMap::new(),
+    };
+    let (dir, own) = (ProcDir::process(owner.host), std::process::id() as i32);
+    let own_dir = ProcDir::process(own);
+    let mut index = 0;
+    // It grows.
+    while index < files.descriptions.len() {
+        let flying = refresher.flying.get(&index).cloned();
+        let number = first.get(index).copied().flatten();
+        let at = number.and_then(|number| glimpses.binary_search_by_key(&number, |g| g.number).ok());
+        let look = match (&flying, at) {
+            (Some(glimpse), _) => Look {
+                host: own,
+                ..owner.look(&own_dir, glimpse)
+            },
+            (None, Some(at)) => owner.look(&dir, &glimpses[at]),
+            (None, None) => {
+                index += 1;
+                continue;
+            }
+        };
+        if let Err(obstacle) = refresher.refresh(&look, index, files)? {
+            obstacles.push(*obstacle);
+        }
+        index += 1;
     }
-    let fd = take_descriptor(host, number)?;
-    let write = flags & O_ACCMODE == 1;
-    Ok(Ok(DescriptionKind::Pipe {
-        pipe: inode,
-        write,
-        capacity: rustix::pipe::fcntl_getpipe_size(&fd)? as u32,
-        bytes: Vec::new(),
-    }))
+    Ok(())
 }
 
-/// Fills in the bytes of pipes, without taking them out: with the first reading end of each.
-pub fn read_pipes(host: i32, files: &mut Files) -> io::Result<()> {
-    let mut seen = std::collections::BTreeSet::new();
-    for index in 0..files.descriptions.len() {
-        let number = files
-            .table
-            .iter()
-            .find(|d| d.description == index as u32)
-            .map(|d| d.number);
-        if let (
+struct Refresher<'a> {
+    owner: &'a Owner<'a>,
+    met: &'a mut Met,
+    pipes: BTreeSet<u64>,
+    /// Descriptions in flight, by index: our own handles on them.
+    flying: BTreeMap<usize, Glimpse>,
+}
+
+impl Refresher<'_> {
+    fn refresh(&mut self, look: &Look<'_>, index: usize, files: &mut Files) -> io::Result<Result<(), Refusal>> {
+        match &mut files.descriptions[index].kind {
+            DescriptionKind::Deleted { bytes, .. } | DescriptionKind::Memory { bytes, .. } => {
+                *bytes = contents(&look.link(), file::MAX_DELETED_BYTES)?;
+            }
             DescriptionKind::Pipe {
                 pipe,
                 write: false,
                 capacity,
                 bytes,
-            },
-            Some(number),
-        ) = (&mut files.descriptions[index].kind, number)
-            && seen.insert(*pipe)
-        {
-            *bytes = peek_pipe(host, number, *capacity)?;
+            } if self.pipes.insert(*pipe) => *bytes = pipe::peek(look.host, look.glimpse.number, *capacity)?,
+            kind @ DescriptionKind::Timer(_) => {
+                let DescriptionKind::Timer(before) = &kind else {
+                    return Ok(Ok(()));
+                };
+                match timer::look(look, Some(before))? {
+                    Ok(now) => *kind = now,
+                    Err(obstacle) => return Ok(Err(obstacle)),
+                }
+            }
+            DescriptionKind::Unix(_) => {
+                let mut socket = match unix::look(look)? {
+                    Ok(DescriptionKind::Unix(socket)) => socket,
+                    Ok(_) => return Ok(Ok(())),
+                    Err(obstacle) => return Ok(Err(obstacle)),
+                };
+                let queue = match unix::queue(look, &socket)? {
+                    Ok(queue) => queue,
+                    Err(obstacle) => return Ok(Err(obstacle)),
+                };
+                for waiting in queue {
+                    let mut descriptors = Vec::new();
+                    for fd in waiting.descriptors {
+                        match self.in_flight(fd, files)? {
+                            Ok(key) => descriptors.push(key),
+                            Err(obstacle) => return Ok(Err(obstacle)),
+                        }
+                    }
+                    socket.queue.push(image::UnixMessage {
+                        bytes: waiting.bytes,
+                        descriptors,
+                        credentials: waiting.credentials.map(unix::sender),
+                    });
+                }
+                files.descriptions[index].kind = DescriptionKind::Unix(socket);
+            }
+            DescriptionKind::Pipe { .. }
+            | DescriptionKind::File(_)
+            | DescriptionKind::Directory(_)
+            | DescriptionKind::Kernel(_)
+            | DescriptionKind::Path(_)
+            | DescriptionKind::Device(_)
+            | DescriptionKind::Stream { .. }
+            | DescriptionKind::Event { .. }
+            | DescriptionKind::Epoll { .. }
+            | DescriptionKind::Signals(_)
+            | DescriptionKind::Process(_) => {}
         }
+        Ok(Ok(()))
     }
-    Ok(())
-}
 
-fn peek_pipe(host: i32, number: i32, capacity: u32) -> io::Result<Vec<u8>> {
-    use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, tee};
-    let original = take_descriptor(host, number)?;
-    let (copy_out, copy_in) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-    fcntl_setpipe_size(&copy_in, capacity as usize)?;
-    match tee(&original, &copy_in, capacity as usize, SpliceFlags::NONBLOCK) {
-        Ok(_) | Err(rustix::io::Errno::AGAIN) => {}
-        Err(error) => return Err(error.into()),
-    }
-    drop(copy_in);
-    let mut bytes = Vec::new();
-    io::Read::read_to_end(&mut std::fs::File::from(copy_out), &mut bytes)?;
-    Ok(bytes)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_event_counter_is_read() {
-        let info = "pos:\t0\nflags:\t02\neventfd-count:               1f\neventfd-id: 3\neventfd-semaphore: 1\n";
-        assert_eq!(
-            event(info),
-            Some(DescriptionKind::Event {
-                count: 0x1f,
-                semaphore: true
-            })
-        );
-        assert_eq!(event("pos:\t0\n"), None);
+    /// The key of a description in flight, of which this is a handle of ours. It is added to the others if it is none of
+    /// them.
+    fn in_flight(&mut self, fd: OwnedFd, files: &mut Files) -> io::Result<Result<u64, Refusal>> {
+        let own = std::process::id() as i32;
+        let dir = ProcDir::process(own);
+        let glimpse = Glimpse::of(&dir, fd.as_raw_fd())?.ok_or(io::ErrorKind::NotFound)?;
+        let key = self.met.key(own, &glimpse)?;
+        // As long as it is open here, it is known when it is met again.
+        self.met.held.push(fd);
+        if files.descriptions.iter().any(|d| d.key == key) {
+            return Ok(Ok(key));
+        }
+        let look = Look {
+            host: own,
+            ..self.owner.look(&dir, &glimpse)
+        };
+        let kind = match describe(&look)? {
+            Ok(DescriptionKind::Epoll { .. }) => {
+                return look.refuse(
+                    "an epoll set that is on its way through a unix socket (SCM_RIGHTS) cannot be moved",
+                    "try again when it has been received",
+                );
+            }
+            Ok(kind) => kind,
+            Err(obstacle) => return Ok(Err(obstacle)),
+        };
+        files.descriptions.push(Description {
+            key,
+            kind,
+            flags: glimpse.info.flags & !O_CLOEXEC,
+            position: glimpse.info.position,
+            owner: None,
+            locks: Vec::new(),
+        });
+        self.flying.insert(files.descriptions.len() - 1, glimpse);
+        Ok(Ok(key))
     }
 }

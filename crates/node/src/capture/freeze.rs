@@ -14,7 +14,7 @@ use super::{
 use crate::capture::Surroundings;
 use crate::capture::{Met, Trap};
 use dunlin_proto::ids::Pid;
-use dunlin_proto::image::{Child, ChildStop, DescriptionKind, Essence, Files, MappingKind, Pages, ThreadImage};
+use dunlin_proto::image::{Child, ChildStop, Essence, Files, MappingKind, Pages, ThreadImage};
 use dunlin_sys::foothold::Foothold;
 use dunlin_sys::pagemap::{self, Query};
 use dunlin_sys::procfs::ProcDir;
@@ -248,7 +248,7 @@ impl Source {
 
 impl Frozen {
     /// Reads everything that travels inside the freeze.
-    pub fn essence(&mut self, around: &Surroundings<'_>, met: &mut Vec<Met>) -> Result<Essence, CaptureError> {
+    pub fn essence(&mut self, around: &Surroundings<'_>, met: &mut Met) -> Result<Essence, CaptureError> {
         let timers = parse_timers(&self.source.dir.text("timers")?).map_err(io::Error::from)?;
         let all_cpus = dunlin_sys::inspect::affinity(0).unwrap_or_default();
         let mut images = Vec::with_capacity(self.threads.len());
@@ -407,24 +407,33 @@ impl Frozen {
     fn files_now(
         &mut self,
         around: &Surroundings<'_>,
-        met: &mut Vec<Met>,
+        met: &mut Met,
         obstacles: &mut Vec<dunlin_proto::control::Obstacle>,
     ) -> Result<Option<Files>, CaptureError> {
         let source = &mut self.source;
         let glimpses = descriptors::glimpse(&source.dir)?;
         obstacles.extend(reading::look(source.pid, source.host, &glimpses));
-        let travels = |d: &dunlin_proto::image::Description| {
-            matches!(
-                d.kind,
-                DescriptionKind::Deleted { .. } | DescriptionKind::Pipe { .. } | DescriptionKind::Event { .. }
-            )
+        let owner = descriptors::Owner {
+            pid: source.pid,
+            host: source.host,
+            around,
         };
-        if glimpses == source.glimpses && !source.plan.image.files.descriptions.iter().any(travels) {
+        let planned = &source.plan.image.files;
+        let same = glimpses == source.glimpses;
+        if same && !descriptors::is_volatile(planned) {
             return Ok(None);
         }
-        let mut files = descriptors::read(source.pid, source.host, &glimpses, around, met, obstacles)?;
-        descriptors::read_pipes(source.host, &mut files)?;
+        let mut files = if same {
+            planned.clone()
+        } else {
+            let before = Some((source.glimpses.as_slice(), planned));
+            descriptors::read(&owner, &glimpses, before, met, obstacles)?
+        };
+        descriptors::refresh(&owner, &glimpses, &mut files, met, obstacles)?;
         source.glimpses = glimpses;
+        if files == source.plan.image.files {
+            return Ok(None);
+        }
         source.plan.image.files = files.clone();
         Ok(Some(files))
     }
@@ -572,6 +581,30 @@ impl Frozen {
             thread.thread.detach(0)?;
         }
         Ok(())
+    }
+
+    /// After the commit, before any descriptor of the move is closed: that must signal nobody (O_ASYNC), as the signal would
+    /// follow the process.
+    pub fn hush(&self) -> Result<(), CaptureError> {
+        const SYS_FCNTL: i64 = 72;
+        const F_SETFL: u64 = 4;
+        const O_ASYNC: u32 = 0o20_000;
+        let files = &self.source.plan.image.files;
+        let mut script = Script::new(&self.source.foothold.arena);
+        for descriptor in &files.table {
+            let description = &files.descriptions[descriptor.description as usize];
+            if description.owner.is_some() {
+                let flags = u64::from(description.flags & !O_ASYNC);
+                script.attempt("fcntl", SYS_FCNTL, &[descriptor.number as u64, F_SETFL, flags]);
+            }
+        }
+        if script.is_empty() {
+            return Ok(());
+        }
+        let leader = Stopped::assume(self.source.host);
+        leader.set_signal_mask(SCRIPT_MASK)?;
+        let (leader, _) = script.run(leader)?;
+        Ok(leader.set_signal_mask(u64::MAX)?)
     }
 
     /// After the commit: leaves the address space to a keeper and hands back the emptied first thread, still parked.

@@ -5,7 +5,7 @@
 //! in the middle: a position that has not moved for [`HELD`] is one that is kept, not one that is read at. Refuses to
 //! read the file: that would move the place from which the kernel goes on. See seq_file in the kernel's documentation.
 
-use super::descriptors::{self, Glimpse};
+use super::descriptors::Glimpse;
 use crate::obstacle;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::Pid;
@@ -29,8 +29,8 @@ pub fn look(pid: Pid, host: i32, glimpses: &[Glimpse]) -> Vec<Obstacle> {
     for glimpse in glimpses.iter().filter(|g| g.position() != 0 && is_named_so(g)) {
         let link = dir.path(&format!("fd/{}", glimpse.number()));
         // One that was closed meanwhile is read no more.
-        let is_text =
-            std::fs::metadata(&link).is_ok_and(|m| m.is_file()) && descriptors::is_of_kernel(&link).unwrap_or(false);
+        let is_text = std::fs::metadata(&link).is_ok_and(|m| m.is_file())
+            && crate::descriptors::file::is_of_kernel(&link).unwrap_or(false);
         if is_text && !is_held((host, glimpse.number()), glimpse.position(), Instant::now()) {
             reading.push(obstacle::descriptor(
                 pid,

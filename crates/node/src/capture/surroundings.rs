@@ -2,15 +2,13 @@
 //!
 //! Owns the questions "does anybody who stays hold this too?". Refuses to change anything.
 
-use crate::capture::descriptors;
-use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{Pid, RunId};
-use dunlin_proto::image::DescriptionKind;
 use dunlin_sys::procfs::ProcDir;
+use dunlin_sys::socket::{in_network, unix};
 use std::cell::{OnceCell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -27,6 +25,8 @@ pub struct Surroundings<'a> {
     holders: OnceCell<HashMap<(u64, u64), Pid>>,
     /// Those that came since, and what they hold.
     newcomers: RefCell<HashMap<i32, Vec<(u64, u64)>>>,
+    diagnosis: OnceCell<OwnedFd>,
+    sockets: OnceCell<HashSet<u64>>,
 }
 
 impl<'a> Surroundings<'a> {
@@ -44,6 +44,8 @@ impl<'a> Surroundings<'a> {
             others,
             holders: OnceCell::new(),
             newcomers: RefCell::default(),
+            diagnosis: OnceCell::new(),
+            sockets: OnceCell::new(),
         }
     }
 
@@ -70,6 +72,38 @@ impl<'a> Surroundings<'a> {
     /// Looks at all that may be asked later, so that no looking falls into a freeze.
     pub fn look(&self) {
         self.holders();
+        // Whoever needs it will ask again, and be told why not.
+        let _ = self.diagnosis();
+    }
+
+    /// Tells of the sockets of the nest.
+    pub fn diagnosis(&self) -> io::Result<BorrowedFd<'_>> {
+        if let Some(socket) = self.diagnosis.get() {
+            return Ok(socket.as_fd());
+        }
+        let host = self.moving.first().copied().unwrap_or_default();
+        let network = std::fs::File::open(ProcDir::process(host).path("ns/net"))?;
+        let socket = in_network(network.as_fd(), unix::diagnosis)??;
+        Ok(self.diagnosis.get_or_init(|| socket).as_fd())
+    }
+
+    /// Whether a process that moves has a socket open, by its inode.
+    pub fn moves(&self, socket: u64) -> io::Result<bool> {
+        if let Some(sockets) = self.sockets.get() {
+            return Ok(sockets.contains(&socket));
+        }
+        let mut found = HashSet::new();
+        for host in &self.moving {
+            let dir = ProcDir::process(*host);
+            for number in dir.numbers("fd")? {
+                let link = dir.link(&format!("fd/{number}")).unwrap_or_default();
+                let inode = link
+                    .to_str()
+                    .and_then(|link| link.strip_prefix("socket:[")?.strip_suffix(']'));
+                found.extend(inode.and_then(|inode| inode.parse::<u64>().ok()));
+            }
+        }
+        Ok(self.sockets.get_or_init(|| found).contains(&socket))
     }
 
     /// Whether a process that stays has the file behind this link open (through whatever description: the check errs
@@ -81,8 +115,8 @@ impl<'a> Surroundings<'a> {
         Ok(newly || self.holders().contains_key(&file))
     }
 
-    /// A process that stays and has this pipe open.
-    pub fn pipe_outside(&self, inode: u64) -> io::Result<Option<Pid>> {
+    /// A process that stays and has this pipe or socket open.
+    pub fn open_outside(&self, inode: u64) -> io::Result<Option<Pid>> {
         let newcomers = self.newcomers.borrow();
         let newly = newcomers
             .iter()
@@ -97,19 +131,6 @@ impl<'a> Surroundings<'a> {
             .iter()
             .find(|((_, ino), _)| *ino == inode)
             .map(|(_, pid)| *pid))
-    }
-
-    /// What a pipe's end is, or why it cannot move.
-    pub fn pipe(
-        &self,
-        pid: Pid,
-        host: i32,
-        dir: &ProcDir,
-        number: i32,
-        link: &Path,
-        flags: u32,
-    ) -> io::Result<Result<DescriptionKind, Box<Obstacle>>> {
-        descriptors::pipe_kind(pid, host, dir, number, link, flags, self)
     }
 
     fn holders(&self) -> &HashMap<(u64, u64), Pid> {

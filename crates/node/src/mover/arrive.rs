@@ -13,7 +13,7 @@ use crate::pager::SpaceHandle;
 use crate::processes::{HiddenKind, Resident};
 use crate::restore::Common;
 use dunlin_proto::ids::{ImageId, MoveId, RunId, Slot};
-use dunlin_proto::image::{DescriptionKind, Plan};
+use dunlin_proto::image::Plan;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
@@ -186,9 +186,5 @@ pub(super) fn elsewhere(space: SpaceHandle) -> Arc<dyn Fn() -> BTreeMap<Slot, u6
 
 fn streams_of(process: &FrozenProcess, plan: &Plan) -> Vec<(RunId, u8)> {
     let files = process.essence.files.as_ref().unwrap_or(&plan.image.files);
-    let stream = |kind: &DescriptionKind| match kind {
-        DescriptionKind::Stream { run, stream } => Some((*run, *stream)),
-        _ => None,
-    };
-    files.descriptions.iter().filter_map(|d| stream(&d.kind)).collect()
+    files.streams()
 }

@@ -98,6 +98,7 @@ impl Outgoing<'_> {
         let identify = |fd: std::os::fd::BorrowedFd<'_>| mover.streams.identify(fd);
         let around = mover.surroundings(&identify, &self.party);
         around.look();
+        self.met.begin();
         // From here on what is sent to it would stay behind with the emptied process.
         self.obeyed = self
             .party
@@ -269,6 +270,11 @@ impl Outgoing<'_> {
     pub(super) fn make_images(&mut self) {
         let to = self.plan.destination;
         let leaving: Vec<i32> = self.party.iter().map(|(_, host)| *host).collect();
+        for frozen in &self.frozen {
+            if let Err(error) = frozen.hush() {
+                tracing::error!(pid = %frozen.source.pid, %error, "its descriptors may signal it once more");
+            }
+        }
         for mut frozen in std::mem::take(&mut self.frozen) {
             let pid = frozen.source.pid;
             self.watches.push(frozen.source.take_watch());

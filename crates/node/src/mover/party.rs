@@ -22,7 +22,7 @@ impl Mover {
         let thread = std::thread::Builder::new()
             .name(format!("examine-{pid}"))
             .spawn(move || {
-                let mut met = Vec::new();
+                let mut met = Met::default();
                 let party = mover.party(pid, false)?;
                 let prepared = mover.prepare_sources(&party, &mut met, false);
                 match prepared {
@@ -71,7 +71,7 @@ impl Mover {
     pub(super) fn prepare_sources(
         &self,
         party: &[(Pid, i32)],
-        met: &mut Vec<Met>,
+        met: &mut Met,
         watch: bool,
     ) -> Result<Vec<Source>, MoveOutcome> {
         let identify = |fd: std::os::fd::BorrowedFd<'_>| self.streams.identify(fd);

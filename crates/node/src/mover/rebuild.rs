@@ -52,6 +52,7 @@ impl Incoming {
             nest_filters: NEST_FILTERS,
             steer: &steer,
             open_stream: &open_stream,
+            host_of: &|pid| mover.nest.host_pid(pid).ok().flatten(),
             options: Options {
                 follow: true,
                 suspend_seccomp: true,
@@ -106,7 +107,7 @@ impl Incoming {
                 self.fill_ahead(self.blanks.len() - 1)?;
             }
         }
-        Ok(())
+        self.with_kit(|this, kit| Blank::connect(&this.blanks, kit))
     }
 
     pub(super) fn rebuild(&mut self, payload: &[u8]) -> Result<(), String> {
@@ -115,6 +116,10 @@ impl Incoming {
         if processes.len() != self.blanks.len() {
             return Err("the essence is not of the processes that were prepared".into());
         }
+        self.with_kit(|this, kit| {
+            let essences = processes.iter().map(|process| &process.essence);
+            Blank::load_descriptors(&mut this.blanks, essences, kit)
+        })?;
         for (index, process) in processes.into_iter().enumerate() {
             let came = self.stop_filling(index, &process)?;
             let mut stale = process.ahead.as_ref().map_or(Vec::new(), |ahead| ahead.stale.clone());

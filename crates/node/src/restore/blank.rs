@@ -41,7 +41,7 @@ pub struct Blank {
     pub host: i32,
     pub(super) image: ProcessImage,
     pub(super) file_pages: BTreeMap<u64, Vec<u8>>,
-    pub(super) foothold: Foothold,
+    pub(crate) foothold: Foothold,
     pub(super) memory: File,
     pub(super) uffd: Uffd,
     /// Threads by PID, with their number on this machine; all stopped, traced by this OS thread.
@@ -54,7 +54,9 @@ pub struct Blank {
     pub(super) loaded: BTreeMap<i32, Registers>,
     /// Where its first thread is while the loop is taken out.
     pub(super) refuge: Option<Refuge>,
-    options: Options,
+    pub(crate) options: Options,
+    /// What is in its table.
+    pub(super) installed: descriptors::Installed,
 }
 
 /// Registers (27 words) and extended state of a thread.
@@ -103,7 +105,13 @@ impl Blank {
             Use::Content,
             kit.shared,
         )
-        .map_err(|error| RestoreError::Obstacles(vec![descriptors::missing(pid, &plan.image.space.exe, &error)]))?;
+        .map_err(|error| {
+            RestoreError::Obstacles(vec![crate::descriptors::file::missing(
+                pid,
+                &plan.image.space.exe,
+                &error,
+            )])
+        })?;
         surrogate::secure(&thread, host).during(pid, "securing its entry")?;
         let thread = start_anew(pid, host, thread, clock_offsets_ns, kit)?;
         surrogate::secure(&thread, host).during(pid, "securing its entry")?;
@@ -145,6 +153,7 @@ impl Blank {
             loaded: BTreeMap::new(),
             refuge: None,
             options,
+            installed: BTreeMap::new(),
         };
         blank.refuge = Refuge::find(host, blank.foothold.syscall_at).during(pid, "looking for a refuge")?;
         for run in &plan.file_pages {
@@ -157,11 +166,32 @@ impl Blank {
         };
         install(pid, pid, blank.leader(), blank.foothold.syscall_at, vec![wanted], kit)?;
         mappings::describe(&blank, &plan.image.space, Some(EXE))?;
-        descriptors::install_all(&blank, &plan.image.files, kit)?;
+        descriptors::install_all(&mut blank, &plan.image.files, kit)?;
         signals::set_actions(&blank, None, &plan.image.signals.actions)?;
         traits::set(&blank, &plan.image.traits, &plan.image.seccomp, kit)?;
         threads::make(&mut blank, plan.image.threads.iter().map(|t| t.tid), kit)?;
         Ok(blank)
+    }
+
+    /// Makes the descriptors of all processes of a move what they are inside the freeze, and connects them with each other;
+    /// comes before anything is [loaded](Blank::load).
+    pub fn load_descriptors<'a>(
+        blanks: &mut [Blank],
+        essences: impl Iterator<Item = &'a Essence>,
+        kit: &mut Kit<'_>,
+    ) -> Result<(), RestoreError> {
+        for (blank, essence) in blanks.iter_mut().zip(essences) {
+            if let Some(files) = &essence.files {
+                kit.options = blank.options;
+                descriptors::correct(blank, files, kit)?;
+            }
+        }
+        descriptors::connect_at_last(blanks, kit)
+    }
+
+    /// Connects the descriptors of prepared processes with each other.
+    pub fn connect(blanks: &[Blank], kit: &mut Kit<'_>) -> Result<(), RestoreError> {
+        descriptors::connect(blanks, kit)
     }
 
     /// Corrects what has changed since the plan, puts everything of the freeze in place and verifies it. `stale` are the
@@ -174,9 +204,6 @@ impl Blank {
         }
         if !stale.is_empty() {
             mappings::drop_stale(self, stale)?;
-        }
-        if let Some(files) = &essence.files {
-            descriptors::correct(self, files, kit)?;
         }
         if essence.traits != self.image.traits || essence.seccomp != self.image.seccomp {
             traits::correct(self, essence, kit)?;
@@ -321,12 +348,12 @@ impl Blank {
     }
 
     /// The first thread, stopped.
-    pub(super) fn leader(&self) -> Stopped {
+    pub(crate) fn leader(&self) -> Stopped {
         Stopped::assume(self.host)
     }
 
     /// Runs a script in one of its threads.
-    pub(super) fn run(&self, tid: i32, script: Script<'_>, what: &'static str) -> Result<(), RestoreError> {
+    pub(crate) fn run(&self, tid: i32, script: Script<'_>, what: &'static str) -> Result<(), RestoreError> {
         if script.is_empty() {
             return Ok(());
         }
@@ -476,7 +503,7 @@ fn fitting(now: i64, (least, most): (i64, i64)) -> i64 {
 }
 
 /// Has descriptors installed through a stopped thread.
-pub(super) fn install(
+pub(crate) fn install(
     pid: Pid,
     tid: Pid,
     thread: Stopped,
@@ -518,12 +545,7 @@ fn check_sound(pid: Pid, image: &ProcessImage) -> Result<(), RestoreError> {
     {
         return unsound("a mapping of a file that is not listed");
     }
-    if image
-        .files
-        .table
-        .iter()
-        .any(|d| d.number < 0 || d.description as usize >= image.files.descriptions.len())
-    {
+    if !image.files.is_sound() {
         return unsound("a descriptor of a description that is not listed");
     }
     if image.signals.actions.len() != 64 || image.traits.limits.len() != 16 || image.threads.is_empty() {

@@ -3,7 +3,7 @@
 //! Owns every mmap, munmap and mremap of a restore. Refuses to know what the pages hold.
 
 use super::blank::install;
-use super::{Blank, During, Kit, RestoreError, descriptors};
+use super::{Blank, During, Kit, RestoreError};
 use crate::files::{Use, open_same};
 use crate::install::Wanted;
 use crate::obstacle::mapping as obstacle_of;
@@ -169,7 +169,11 @@ pub fn map(
                 numbers.insert(key, number);
             }
             Err(error) => {
-                obstacles.push(descriptors::missing(pid, &space.files[file as usize], &error));
+                obstacles.push(crate::descriptors::file::missing(
+                    pid,
+                    &space.files[file as usize],
+                    &error,
+                ));
                 numbers.insert(key, -1);
             }
         }

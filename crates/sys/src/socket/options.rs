@@ -211,6 +211,9 @@ static KNOWN: &[Known] = &[
 ];
 
 fn applies(known: &Known, what: What) -> bool {
+    if what.family == super::unix::FAMILY {
+        return known.level == SOL && known.of == Of::All;
+    }
     match known.of {
         Of::All => true,
         Of::Tcp => what.kind == STREAM,

@@ -1,0 +1,95 @@
+//! Pipes whose ends all move together.
+//!
+//! Their bytes travel inside the freeze, with the description of a reading end, and are copied without being taken out.
+
+use super::{Found, Look};
+use crate::restore::Common;
+use dunlin_proto::image::DescriptionKind;
+use dunlin_sys::foothold::take_descriptor;
+use rustix::fs::{Mode, OFlags};
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, tee};
+use std::collections::btree_map::Entry;
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+
+const O_ACCMODE: u32 = 0o3;
+
+/// What a pipe's end is, or why it cannot move. Its bytes are not read yet.
+pub(crate) fn look(look: &Look<'_>) -> Found {
+    let inode = std::fs::metadata(look.link())?.ino();
+    if !look.target().starts_with(b"pipe:") {
+        return look.refuse(
+            "a named pipe (FIFO) cannot be moved yet",
+            "use an unnamed pipe inside a tree that moves as a whole (--tree)",
+        );
+    }
+    if let Some(other) = look.around.open_outside(inode)? {
+        return look.refuse(
+            &format!("process {other}, which stays here, has the pipe open"),
+            "move the whole pipeline (--tree on its shell)",
+        );
+    }
+    Ok(Ok(DescriptionKind::Pipe {
+        pipe: inode,
+        write: look.glimpse.info.flags & O_ACCMODE == 1,
+        capacity: fcntl_getpipe_size(&look.take()?)? as u32,
+        bytes: Vec::new(),
+    }))
+}
+
+/// The bytes in a pipe, which stay there: by a reading end.
+pub(crate) fn peek(host: i32, number: i32, capacity: u32) -> io::Result<Vec<u8>> {
+    let original = take_descriptor(host, number)?;
+    let (copy_out, copy_in) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+    fcntl_setpipe_size(&copy_in, capacity as usize)?;
+    match tee(&original, &copy_in, capacity as usize, SpliceFlags::NONBLOCK) {
+        Ok(_) | Err(rustix::io::Errno::AGAIN) => {}
+        Err(error) => return Err(error.into()),
+    }
+    drop(copy_in);
+    let mut bytes = Vec::new();
+    std::fs::File::from(copy_out).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// One end of a pipe, which is made with the first end that is asked for.
+pub(crate) fn make(
+    common: &mut Common,
+    number: u64,
+    write: bool,
+    capacity: u32,
+    bytes: &[u8],
+    flags: OFlags,
+) -> io::Result<OwnedFd> {
+    if let Entry::Vacant(place) = common.pipes.entry(number) {
+        place.insert(pipe_with(PipeFlags::CLOEXEC)?);
+    }
+    fill(common, number, capacity, bytes)?;
+    // A second description of the same end: the flags of one must not show in the other.
+    let (reading, writing) = &common.pipes[&number];
+    let end = if write { writing } else { reading };
+    let access = if write { OFlags::WRONLY } else { OFlags::RDONLY };
+    Ok(rustix::fs::open(
+        crate::files::proc_fd(end),
+        access | OFlags::CLOEXEC | (flags & OFlags::NONBLOCK),
+        Mode::empty(),
+    )?)
+}
+
+/// Gives a pipe its bytes, if nobody has: each process that has a reading end brings them along. `false`: there is no such
+/// pipe.
+pub(crate) fn fill(common: &mut Common, number: u64, capacity: u32, bytes: &[u8]) -> io::Result<bool> {
+    let Some((_, writing)) = common.pipes.get(&number) else {
+        return Ok(false);
+    };
+    // It may have grown since the plan; and what does not fit would be waited for by nobody.
+    let wanted = (capacity as usize).max(bytes.len());
+    if fcntl_getpipe_size(writing)? != wanted {
+        fcntl_setpipe_size(writing, wanted)?;
+    }
+    if !bytes.is_empty() && common.filled.insert(number) {
+        std::fs::File::from(writing.try_clone()?).write_all(bytes)?;
+    }
+    Ok(true)
+}
