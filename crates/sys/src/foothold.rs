@@ -211,9 +211,24 @@ pub fn inject(
 
 /// A copy of another process's descriptor.
 pub fn take_descriptor(process: i32, fd: i32) -> io::Result<std::os::fd::OwnedFd> {
-    let pid = Pid::from_raw(process).ok_or(io::ErrorKind::InvalidInput)?;
-    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-    Ok(pidfd_getfd(pidfd, fd, PidfdGetfdFlags::empty())?)
+    Table::of(process)?.take(fd)
+}
+
+/// The descriptor table of a process, of which many are taken.
+#[derive(Debug)]
+pub struct Table(std::os::fd::OwnedFd);
+
+impl Table {
+    /// The table of a process, by its number on this machine.
+    pub fn of(process: i32) -> io::Result<Table> {
+        let pid = Pid::from_raw(process).ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(Table(pidfd_open(pid, PidfdFlags::empty())?))
+    }
+
+    /// A copy of one of its descriptors.
+    pub fn take(&self, fd: i32) -> io::Result<std::os::fd::OwnedFd> {
+        Ok(pidfd_getfd(&self.0, fd, PidfdGetfdFlags::empty())?)
+    }
 }
 
 /// A `syscall` instruction of a process that is not ours: the one in its vDSO.

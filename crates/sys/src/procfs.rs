@@ -7,6 +7,7 @@
 pub mod fdinfo;
 pub mod limits;
 pub mod maps;
+pub mod net;
 pub mod special;
 pub mod stat;
 pub mod status;

@@ -14,7 +14,12 @@ pub const CLOSED: u8 = 7;
 /// See [`ESTABLISHED`].
 pub const LISTENING: u8 = 10;
 
+/// See [`ESTABLISHED`].
+pub const TIME_WAIT: u8 = 6;
+
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const SOCK_DESTROY: u16 = 21;
+const REQUEST_ACK: u16 = 5;
 const REQUEST_DUMP: u16 = 0x301;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
@@ -54,6 +59,43 @@ impl SockDiag {
             Some(netlink::SOCK_DIAG),
         )?;
         Ok(SockDiag(socket))
+    }
+
+    /// Takes a socket of TCP out of the kernel. Errors: EOPNOTSUPP without CONFIG_INET_DIAG_DESTROY.
+    pub fn destroy(&mut self, socket: &InetSocket) -> io::Result<()> {
+        let mut request = Vec::with_capacity(HEADER_BYTES + 56);
+        request.extend(((HEADER_BYTES + 56) as u32).to_ne_bytes());
+        request.extend(SOCK_DESTROY.to_ne_bytes());
+        request.extend(REQUEST_ACK.to_ne_bytes());
+        request.extend([0u8; 8]);
+        let family = if socket.local.is_ipv6() {
+            libc::AF_INET6
+        } else {
+            libc::AF_INET
+        };
+        request.extend([family as u8, libc::IPPROTO_TCP as u8, 0, 0]);
+        request.extend((1u32 << socket.state).to_ne_bytes());
+        request.extend(socket.local.port().to_be_bytes());
+        request.extend(socket.remote.port().to_be_bytes());
+        for address in [socket.local.ip(), socket.remote.ip()] {
+            let mut bytes = [0; 16];
+            match address {
+                IpAddr::V4(address) => bytes[..4].copy_from_slice(&address.octets()),
+                IpAddr::V6(address) => bytes = address.octets(),
+            }
+            request.extend(bytes);
+        }
+        // Of any device, whatever its cookie.
+        request.extend([0; 4]);
+        request.extend([0xff; 8]);
+        rustix::net::send(&self.0, &request, rustix::net::SendFlags::empty())?;
+        let mut buffer = [0u8; 256];
+        let (got, _) = rustix::net::recv(&self.0, &mut buffer[..], rustix::net::RecvFlags::empty())?;
+        match buffer[..got].get(HEADER_BYTES..HEADER_BYTES + 4) {
+            Some(_) if u32_at(&buffer, HEADER_BYTES) == 0 => Ok(()),
+            Some(_) => Err(io::Error::from_raw_os_error(-(u32_at(&buffer, HEADER_BYTES) as i32))),
+            None => Err(io::ErrorKind::InvalidData.into()),
+        }
     }
 
     /// All sockets of this protocol (by number) and family that are in one of these states.
@@ -157,6 +199,28 @@ mod tests {
         let found = listed.iter().find(|s| s.local == six.local_addr().unwrap()).unwrap();
         assert!(!found.v6_only);
         assert_eq!(found.state, LISTENING);
+    }
+
+    #[test]
+    fn a_connection_that_only_waits_for_its_time_is_taken_out() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (server, _) = listener.accept().unwrap();
+        let ends = (server.local_addr().unwrap(), server.peer_addr().unwrap());
+        drop(server);
+        drop(client);
+        let mut diag = SockDiag::open().unwrap();
+        let mut waiting = || {
+            let all = diag.list(6, false, &[TIME_WAIT]).unwrap();
+            all.into_iter().find(|s| (s.local, s.remote) == ends)
+        };
+        let found = loop {
+            if let Some(found) = waiting() {
+                break found;
+            }
+        };
+        SockDiag::open().unwrap().destroy(&found).unwrap();
+        assert_eq!(waiting(), None);
     }
 
     #[test]

@@ -157,6 +157,11 @@ fn send(socket: BorrowedFd<'_>, bytes: &[u8], flags: i32) -> Result<usize, Errno
     Ok(sent as usize)
 }
 
+/// Bit of [`readiness`]: an error waits (POLLERR).
+pub const FAILED: i16 = libc::POLLERR;
+/// Bit of [`readiness`]: nothing more will come (POLLRDHUP).
+pub const ENDED: i16 = libc::POLLRDHUP;
+
 /// What poll(2) says of a socket now: some of POLLIN, POLLOUT, POLLERR, POLLHUP, POLLRDHUP.
 pub fn readiness(socket: BorrowedFd<'_>) -> io::Result<i16> {
     let mut entry = libc::pollfd {
@@ -172,6 +177,27 @@ pub fn readiness(socket: BorrowedFd<'_>) -> io::Result<i16> {
 /// Reads, and thereby clears, the error that waits at a socket (SO_ERROR).
 pub fn take_error(socket: BorrowedFd<'_>) -> io::Result<i32> {
     Ok(get_word(socket, libc::SOL_SOCKET, libc::SO_ERROR)? as i32)
+}
+
+/// Whether a filter is attached that sees each packet (SO_ATTACH_FILTER, SO_ATTACH_BPF).
+pub fn is_filtered(socket: BorrowedFd<'_>) -> bool {
+    const SO_GET_FILTER: i32 = 26;
+    let mut count: libc::socklen_t = 0;
+    // SAFETY: with a length of nothing the kernel tells how long the filter is, and writes none of it.
+    let answer = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_GET_FILTER,
+            std::ptr::null_mut(),
+            &raw mut count,
+        )
+    };
+    // A filter of the newer kind is not shown.
+    match check(i64::from(answer)) {
+        Ok(_) => count > 0,
+        Err(error) => error.0 == libc::EACCES,
+    }
 }
 
 /// A plain C structure without padding, whose every bit pattern is valid: numbers only.

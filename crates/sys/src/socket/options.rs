@@ -242,6 +242,18 @@ pub fn read(socket: BorrowedFd<'_>, what: What, connected: bool) -> Vec<SocketOp
     all
 }
 
+/// Whether all of these, as they were [read], are still so.
+pub fn are(socket: BorrowedFd<'_>, options: impl Iterator<Item = (i32, i32, impl AsRef<[u8]>)>) -> bool {
+    let mut now = [0; MAX_VALUE];
+    options.into_iter().all(|(level, name, value)| {
+        let value = value.as_ref();
+        // As much room as it had when it was read.
+        let known = KNOWN.iter().find(|k| k.level == level && k.name == name);
+        let room = known.map_or(value.len(), |known| known.bytes);
+        get(socket, level, name, &mut now[..room]).is_ok_and(|length| now[..length] == *value)
+    })
+}
+
 /// Sets the options that a new socket can have, where they are not what they should be.
 ///
 /// Errors: InvalidData for an option that does not travel; the kernel's own, with the option named.
@@ -282,6 +294,12 @@ fn set_all(socket: BorrowedFd<'_>, options: &[SocketOption], when: When) -> io::
         }
     }
     Ok(())
+}
+
+/// Is it one of those that a new socket can have?
+pub fn is_early(option: &SocketOption) -> bool {
+    let known = KNOWN.iter().find(|k| k.level == option.level && k.name == option.name);
+    known.is_some_and(|known| known.when == When::Early)
 }
 
 /// A window clamp of nothing is the kernel's own choice and cannot be set.

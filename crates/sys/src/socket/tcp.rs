@@ -115,6 +115,8 @@ pub struct Info {
     pub waiting: u32,
     /// Of a listener: how many may.
     pub backlog: u32,
+    /// How many segments have come in.
+    pub segments_in: u32,
 }
 
 /// The leading part of `struct tcp_info`.
@@ -122,10 +124,10 @@ pub struct Info {
 #[repr(C)]
 struct RawInfo {
     bytes: [u8; 8],
-    words: [u32; 6],
+    words: [u32; 34],
 }
 
-// SAFETY: 32 bytes of numbers, no padding.
+// SAFETY: 144 bytes of numbers, no padding.
 unsafe impl Numbers for RawInfo {}
 
 /// Asks a TCP socket what it is doing.
@@ -138,6 +140,8 @@ pub fn info(socket: BorrowedFd<'_>) -> io::Result<Info> {
         scales: raw.bytes[6],
         waiting: raw.words[4],
         backlog: raw.words[5],
+        // tcpi_segs_in is at byte 140.
+        segments_in: raw.words[33],
     })
 }
 
@@ -171,7 +175,10 @@ pub fn set_buffers(socket: BorrowedFd<'_>, wanted: Buffers) -> io::Result<()> {
     if now.receive != wanted.receive {
         set_word(socket, SOL, libc::SO_RCVBUFFORCE, wanted.receive / 2)?;
     }
-    set_word(socket, SOL, SO_BUF_LOCK, wanted.locked & 3)?;
+    let forced = now.send != wanted.send || now.receive != wanted.receive;
+    if forced || now.locked != wanted.locked & 3 {
+        set_word(socket, SOL, SO_BUF_LOCK, wanted.locked & 3)?;
+    }
     Ok(())
 }
 
@@ -291,6 +298,44 @@ pub fn capture(socket: BorrowedFd<'_>) -> io::Result<Connection> {
         },
         deaf,
     })
+}
+
+/// Opens the window again that [`capture`] has shut. The socket is in repair.
+pub fn set_window(socket: BorrowedFd<'_>, window: [u32; 5]) -> io::Result<()> {
+    Ok(set_numbers(socket, TCP, TCP_REPAIR_WINDOW, &Window(window))?)
+}
+
+/// Captures a connection once more, because packets have come in during the first time.
+pub fn capture_again(socket: BorrowedFd<'_>, before: &Connection) -> io::Result<Connection> {
+    let mut now = capture(socket)?;
+    if now.window[1] == 0 {
+        // We shut it.
+        now.window[1] = before.window[1];
+        now.window[2] = now.window[2].max(before.window[2]);
+    }
+    Ok(now)
+}
+
+/// What has come and was not read, of a connection that is over.
+pub fn unread(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    let repaired = in_repair(socket)?;
+    if repaired {
+        set_word(socket, TCP, TCP_REPAIR_QUEUE, RECEIVE_QUEUE)?;
+    }
+    let bytes = peek(socket, ask(socket, SIOCINQ)? as usize);
+    if repaired {
+        set_word(socket, TCP, TCP_REPAIR_QUEUE, NO_QUEUE)?;
+    }
+    bytes
+}
+
+/// The protocol above TCP that the kernel speaks itself on this socket ("tls", …), if any.
+pub fn upper_protocol(socket: BorrowedFd<'_>) -> Option<String> {
+    const TCP_ULP: i32 = 31;
+    let mut name = [0; 16];
+    let length = super::get(socket, TCP, TCP_ULP, &mut name).unwrap_or(0);
+    let name = name[..length].split(|byte| *byte == 0).next().unwrap_or_default();
+    (!name.is_empty()).then(|| String::from_utf8_lossy(name).into_owned())
 }
 
 #[derive(Clone, Copy)]

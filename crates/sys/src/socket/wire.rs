@@ -1,8 +1,8 @@
 //! Packets of IP, made here and put where the kernel takes them for received ones.
 //!
 //! Owns the form of TCP segments and UDP datagrams over IPv4 and IPv6, their checksums and fragments, and the sockets through
-//! which they are put under the kernel's nose. Refuses to know why. Invariant: a packet's addresses are both of one
-//! family.
+//! which they are put under the kernel's nose. Refuses to know why. Invariants: a packet's addresses are both of one
+//! family; IPv4 addresses in IPv6 clothes are IPv4 addresses.
 
 use crate::check;
 use std::io;
@@ -74,6 +74,7 @@ pub fn datagram(from: SocketAddr, to: SocketAddr, bytes: &[u8]) -> io::Result<Ve
 }
 
 fn checksum(from: IpAddr, to: IpAddr, protocol: u8, body: &[u8]) -> u16 {
+    let (from, to) = (from.to_canonical(), to.to_canonical());
     let mut sum = u32::from(protocol) + body.len() as u32;
     let mut add = |bytes: &[u8]| {
         for pair in bytes.chunks(2) {
@@ -100,7 +101,7 @@ fn fold(mut sum: u32) -> u16 {
 
 fn packet(from: IpAddr, to: IpAddr, protocol: u8, body: &[u8]) -> io::Result<Vec<u8>> {
     const HOPS: u8 = 64;
-    match (from, to) {
+    match (from.to_canonical(), to.to_canonical()) {
         (IpAddr::V4(from), IpAddr::V4(to)) => {
             let total = u16::try_from(20 + body.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
             let mut packet = vec![0x45, 0];
@@ -123,6 +124,15 @@ fn packet(from: IpAddr, to: IpAddr, protocol: u8, body: &[u8]) -> io::Result<Vec
             Ok(packet)
         }
         (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => Err(io::ErrorKind::InvalidInput.into()),
+    }
+}
+
+/// To whom a packet goes.
+pub fn destination(packet: &[u8]) -> Option<IpAddr> {
+    match packet.first()? >> 4 {
+        4 => Some(IpAddr::from(<[u8; 4]>::try_from(packet.get(16..20)?).ok()?)),
+        6 => Some(IpAddr::from(<[u8; 16]>::try_from(packet.get(24..40)?).ok()?)),
+        _ => None,
     }
 }
 

@@ -3,11 +3,11 @@
 //! Owns the order in which that is done. Refuses to know when: the caller has [`finish`] called when packets may come.
 
 use super::super::options::{self, SocketOption};
-use super::super::{get_word, send, set, set_numbers, set_word, wire};
+use super::super::{ask, get_word, send, set, set_numbers, set_word, wire};
 use super::{
-    Buffers, Connection, MAX_QUEUE_BYTES, NO_QUEUE, RECEIVE_QUEUE, REPAIR_OFF, REPAIR_OFF_NO_PROBE, SEND_QUEUE, SOL,
-    State, TCP, TCP_QUEUE_SEQ, TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_REPAIR_WINDOW, TCP_TIMESTAMP, Window, enter_repair,
-    info, push, set_buffers, shut,
+    Buffers, Connection, MAX_QUEUE_BYTES, NO_QUEUE, RECEIVE_QUEUE, REPAIR_OFF, REPAIR_OFF_NO_PROBE, SEND_QUEUE,
+    SIOCOUTQ, SOL, State, TCP, TCP_QUEUE_SEQ, TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_REPAIR_WINDOW, TCP_TIMESTAMP, Window,
+    enter_repair, info, push, set_buffers, shut,
 };
 use crate::Errno;
 use std::io;
@@ -200,12 +200,18 @@ pub struct Finish {
     pub options: Vec<SocketOption>,
 }
 
-/// Has a rebuilt connection speak. The peer is asked at once what it has, and sent what it lacks.
+/// Has a rebuilt connection speak. If bytes are under way, or wait, the peer is asked at once what it has.
 pub fn finish(socket: BorrowedFd<'_>, finish: &Finish) -> io::Result<()> {
-    set_word(socket, TCP, TCP_REPAIR, REPAIR_OFF)?;
+    let waits = ask(socket, SIOCOUTQ)? > 0;
+    set_word(
+        socket,
+        TCP,
+        TCP_REPAIR,
+        if waits { REPAIR_OFF } else { REPAIR_OFF_NO_PROBE },
+    )?;
     set_buffers(socket, finish.buffers)?;
     options::set_late(socket, &finish.options)?;
-    push(socket)
+    if waits { push(socket) } else { Ok(()) }
 }
 
 /// Begins again a connection that was being opened, with the first sequence number that it had: whoever has seen the first
