@@ -79,6 +79,18 @@ pub enum CaptureError {
     },
 }
 
+impl From<crate::sockets::leaving::LeaveError> for CaptureError {
+    fn from(error: crate::sockets::leaving::LeaveError) -> Self {
+        match error {
+            crate::sockets::leaving::LeaveError::Obstacles(obstacles) => CaptureError::Obstacles(obstacles),
+            source => CaptureError::Kernel {
+                what: "capturing sockets",
+                source: source.into(),
+            },
+        }
+    }
+}
+
 impl From<TraceError> for CaptureError {
     fn from(error: TraceError) -> Self {
         match error {

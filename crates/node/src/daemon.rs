@@ -190,6 +190,7 @@ fn assemble(
             runs: runs.clone(),
             peers: peers.clone(),
         }),
+        edge: edge.clone(),
     })?;
     let ports = Ports::start(peers.clone(), edge.clone(), ports::arbiter_of(&config))?;
     let node = Arc::new(Node {

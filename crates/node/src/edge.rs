@@ -17,11 +17,13 @@
 
 pub mod announce;
 mod devices;
+mod door;
 mod holds;
 mod open;
 mod park;
 mod slices;
 
+pub use door::Door;
 pub use open::Shelf;
 pub use slices::Slices;
 
@@ -50,6 +52,7 @@ pub(crate) struct Inner {
     inside: Inside,
     slices: Slices,
     shelf: Box<dyn Shelf>,
+    names: devices::Names,
     /// The device on the link between the nodes.
     link: Device,
     /// Where tunnels end, where nodes share no link.

@@ -23,5 +23,6 @@ pub mod processes;
 pub mod restore;
 pub mod runs;
 pub mod signals;
+pub mod sockets;
 pub mod streams;
 pub mod verify;

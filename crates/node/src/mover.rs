@@ -33,6 +33,7 @@ pub use rebuild::raw_clocks;
 use crate::capture::CaptureError;
 use crate::capture::freeze::LeftBehind;
 use crate::config::NodeConfig;
+use crate::edge::Edge;
 use crate::entries::Entries;
 use crate::install::{Installer, Verdict};
 use crate::nest::{Nest, Response};
@@ -111,6 +112,8 @@ pub struct Mover {
     pub entries: Entries,
     /// Which orders its processes have obeyed.
     pub orders: Orders,
+    /// How packets find its sockets.
+    pub edge: Edge,
     streams: Arc<dyn Streams>,
     installer: Arc<Installer>,
     arrivals: Arrivals,
@@ -148,6 +151,8 @@ pub struct Parts {
     pub exits: Arc<Exits>,
     /// The standard streams of runs.
     pub streams: Arc<dyn Streams>,
+    /// How packets find its sockets.
+    pub edge: Edge,
 }
 
 /// How many seccomp filters every process of a nest has: init's.
@@ -167,6 +172,7 @@ impl Mover {
             residents,
             exits,
             streams,
+            edge,
         } = parts;
         let here = Slot(config.slot);
         let modulus = Modulus(config.modulus);
@@ -200,6 +206,7 @@ impl Mover {
             exits,
             streams,
             installer,
+            edge,
         });
         Ok(mover)
     }

@@ -253,6 +253,8 @@ pub struct Common {
     /// Memories with a descriptor, by number, and those that have been made anew inside the freeze.
     pub(crate) memories: BTreeMap<u64, OwnedFd>,
     pub(crate) remade: BTreeSet<u64>,
+    /// Sockets of the plan have been made anew inside the freeze.
+    pub(crate) sockets_remade: bool,
     /// Unix sockets that are being made.
     pub(crate) unix: unix::Making,
 }

@@ -205,6 +205,7 @@ fn is_like(kind: &DescriptionKind, info: &str) -> Result<bool, ParseError> {
         | DescriptionKind::Stream { .. }
         | DescriptionKind::Pipe { .. }
         | DescriptionKind::Memory { .. }
+        | DescriptionKind::Socket(_)
         | DescriptionKind::Unix(_) => Ok(true),
         DescriptionKind::Process(pid) => {
             let number = special::value(info, "NSpid:").and_then(|numbers| numbers.rsplit('\t').next());

@@ -5,8 +5,10 @@
 //! prepared is corrected. Refuses to know how any of it is read or set. Numbers are those of x86-64 Linux.
 
 mod descriptors;
+mod socket;
 
 pub use descriptors::*;
+pub use socket::*;
 
 use crate::ids::Pid;
 use serde::{Deserialize, Serialize};

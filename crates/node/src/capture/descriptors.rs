@@ -9,6 +9,7 @@ use crate::descriptors::{
     Found, Look, Refusal, epoll, event, file, memory, owner, pipe, process, signals, timer, unix,
 };
 use crate::files::contents;
+use crate::sockets;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{self, Description, DescriptionKind, Descriptor, FileLock, Files};
@@ -291,12 +292,25 @@ fn describe(look: &Look<'_>) -> Found {
         ),
         other if other.starts_with(b"socket:") => match dunlin_sys::socket::what(look.take()?.as_fd())?.family {
             dunlin_sys::socket::unix::FAMILY => unix::look(look),
-            _ => look.refuse(
-                "sockets cannot be moved yet",
-                "close the connection, or keep the process on this node",
-            ),
+            _ => internet(look),
         },
         _ => file::look(look),
+    }
+}
+
+/// A socket of the Internet families, or of one that does not move.
+fn internet(look: &Look<'_>) -> Found {
+    match sockets::look::look(look.host, look.take()?.as_fd(), look.around.inside)? {
+        Some(Ok(_)) if look.around.shared_outside(look.host, &look.link())? => look.refuse(
+            "a process that stays here has the same socket",
+            "move the tree (--tree), which shares it",
+        ),
+        Some(Ok(socket)) => Ok(Ok(DescriptionKind::Socket(Box::new(socket)))),
+        Some(Err(reason)) => look.refuse(&reason.why, reason.hint),
+        None => look.refuse(
+            "sockets of this family cannot be moved yet",
+            "close the connection, or keep the process on this node",
+        ),
     }
 }
 
@@ -373,6 +387,7 @@ pub fn is_volatile(files: &Files) -> bool {
         | DescriptionKind::Event { .. }
         | DescriptionKind::Epoll { .. }
         | DescriptionKind::Signals(_)
+        | DescriptionKind::Socket(_)
         | DescriptionKind::Process(_) => false,
     })
 }
@@ -497,6 +512,7 @@ impl Refresher<'_> {
             | DescriptionKind::Event { .. }
             | DescriptionKind::Epoll { .. }
             | DescriptionKind::Signals(_)
+            | DescriptionKind::Socket(_)
             | DescriptionKind::Process(_) => {}
         }
         Ok(Ok(()))

@@ -2,6 +2,7 @@
 //!
 //! Owns the questions "does anybody who stays hold this too?". Refuses to change anything.
 
+use crate::edge::Inside;
 use dunlin_proto::ids::{Pid, RunId};
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::socket::{in_network, unix};
@@ -22,6 +23,8 @@ pub struct Surroundings<'a> {
     pub staying: Vec<(i32, Pid)>,
     /// Host numbers of all that hold nothing of a program's: surrogates, keepers.
     others: Vec<i32>,
+    /// The addresses of the nest.
+    pub inside: Option<Inside>,
     holders: OnceCell<HashMap<(u64, u64), Pid>>,
     /// Those that came since, and what they hold.
     newcomers: RefCell<HashMap<i32, Vec<(u64, u64)>>>,
@@ -36,12 +39,14 @@ impl<'a> Surroundings<'a> {
         moving: Vec<i32>,
         staying: Vec<(i32, Pid)>,
         others: Vec<i32>,
+        inside: Option<Inside>,
     ) -> Surroundings<'a> {
         Surroundings {
             identify,
             moving,
             staying,
             others,
+            inside,
             holders: OnceCell::new(),
             newcomers: RefCell::default(),
             diagnosis: OnceCell::new(),

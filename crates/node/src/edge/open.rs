@@ -102,6 +102,7 @@ impl Edge {
                 .transpose()
                 .map_err(failed("finding the tunnel of"))?,
             peers: config.peers.iter().map(|p| (Slot(p.slot), p.address.ip())).collect(),
+            names,
             link,
             tables: kernel_side.tables,
             park: Mutex::new(Park::new(Tap::from_fd(kernel_side.park))),

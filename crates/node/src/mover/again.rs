@@ -81,6 +81,11 @@ impl Outgoing<'_> {
 impl Mover {
     /// Lets a process run on that a former daemon held. Nothing to do if it runs already.
     pub(super) fn let_run_on(&self, pid: Pid, host: i32, stopped_by: Option<i32>) {
+        match crate::sockets::recovery::put_back(host) {
+            Ok(0) => {}
+            Ok(sockets) => tracing::info!(%pid, sockets, "sockets of a process that was held go on"),
+            Err(error) => tracing::error!(%pid, %error, "sockets of a process that was held"),
+        }
         let done = Abandoned::find(pid, host).and_then(|found| match found {
             Some(abandoned) => abandoned.run_on(stopped_by),
             None => Ok(()),

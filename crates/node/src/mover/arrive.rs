@@ -25,6 +25,7 @@ impl Incoming {
         for index in 0..self.frozen.len() {
             self.mover.remember_arrival(&self.arrival_of(index));
         }
+        self.arriving.speak(&self.mover.edge);
         let blanks = std::mem::take(&mut self.blanks);
         let mut hosts = Vec::new();
         for (blank, process) in blanks.into_iter().zip(&self.frozen) {
@@ -50,6 +51,7 @@ impl Incoming {
             comm: comm.clone(),
             stopped_by: self.frozen[index].essence.stopped_by,
             arrival: self.arrival_of(index),
+            sockets: self.kept_sockets[index].clone(),
         }
     }
 
@@ -64,6 +66,8 @@ impl Incoming {
                 mover.adopt_again(pid, space);
             }
             mover.log("unregistering a surrogate", mover.nest.unregister_surrogate(pid));
+            let spoken = crate::sockets::recovery::speak(&mover.edge, place.host, &place.sockets);
+            mover.log("letting sockets of a former daemon go on", spoken);
             mover.let_run_on(pid, place.host, place.stopped_by);
             match arrived {
                 Ok(None) => {}

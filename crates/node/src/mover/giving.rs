@@ -5,6 +5,7 @@
 
 use super::ahead::Rounds;
 use super::outgoing::{MoveOutcome, Outgoing, Report, failure};
+use super::party::{owner, sockets_of};
 use super::payload::{self, Ahead, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared};
 use super::records::ImageRecord;
 use super::{Mover, lock, random};
@@ -12,6 +13,7 @@ use crate::capture::freeze::Frozen;
 use crate::capture::{CaptureError, Source, Surroundings, demanded};
 use crate::page_server::NewImage;
 use crate::pager::{Journal, NewSpace, Withdrawn};
+use crate::sockets::leaving::{LeaveError, Owner};
 use dunlin_cluster::relocation::source::SourceEvent;
 use dunlin_proto::control::{FailureKind, MoveMode};
 use dunlin_proto::ids::{ImageId, Pid};
@@ -108,6 +110,11 @@ impl Outgoing<'_> {
         for (run, stream) in self.sources.iter().flat_map(Source::streams) {
             mover.streams.settle(run, stream)?;
         }
+        let planned = self.sources.iter().flat_map(sockets_of);
+        let planned = planned.map(|(key, _, _, socket)| (key, socket.clone()));
+        self.sockets
+            .hold(&mover.edge, self.plan.move_id, planned)
+            .map_err(LeaveError::from)?;
         let started = Instant::now();
         let mut sources = std::mem::take(&mut self.sources).into_iter();
         while let Some(source) = sources.next() {
@@ -145,12 +152,22 @@ impl Outgoing<'_> {
         for frozen in &mut self.frozen {
             frozen.park()?;
         }
-        let payload = payload::encode(&FrozenPayload { processes });
+        let parked = Instant::now();
+        // Their processes wait from here on, whatever becomes of this daemon.
+        let owners: Vec<Owner<'_>> = self.frozen.iter().map(|frozen| owner(&frozen.source)).collect();
+        let sockets = match owners.iter().all(|owner| owner.sockets().next().is_none()) {
+            true => Vec::new(),
+            false => self.sockets.capture(&mover.edge, self.plan.move_id, &owners)?,
+        };
+        let count = sockets.len();
+        let payload = payload::encode(&FrozenPayload { processes, sockets });
         self.times.essence_bytes = payload.len() as u64;
         tracing::debug!(
             stop_us = (stopped - started).as_micros(),
             capture_us = (captured - stopped).as_micros(),
-            park_us = captured.elapsed().as_micros(),
+            park_us = (parked - captured).as_micros(),
+            sockets = count,
+            sockets_us = parked.elapsed().as_micros(),
             bytes = payload.len(),
             "frozen"
         );
@@ -243,7 +260,9 @@ impl Outgoing<'_> {
         for (pid, _) in &self.party {
             lock(&self.mover.ends).remove(pid);
         }
+        self.sockets.put_back();
         self.thaw_all();
+        self.sockets.release(&self.mover.edge);
         for (pid, _) in &self.party {
             self.mover.orders.open(*pid);
         }
@@ -268,6 +287,7 @@ impl Outgoing<'_> {
     }
 
     pub(super) fn make_images(&mut self) {
+        self.sockets.leave();
         let to = self.plan.destination;
         let leaving: Vec<i32> = self.party.iter().map(|(_, host)| *host).collect();
         for frozen in &self.frozen {

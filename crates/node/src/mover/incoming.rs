@@ -11,10 +11,13 @@ use crate::entries::Place;
 use crate::obstacle::obstacle;
 use crate::pager::{SpaceHandle, Withdrawn};
 use crate::restore::{Blank, Common};
+use crate::sockets::arriving::Arriving;
+use crate::sockets::recovery::KeptSocket;
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::destination::{DestinationAction, DestinationEvent, DestinationMove};
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{MoveId, Pid, Slot};
+use dunlin_proto::image::FrozenSocket;
 use dunlin_proto::image::Plan;
 use dunlin_proto::relocation::Member;
 use std::collections::BTreeMap;
@@ -92,6 +95,9 @@ pub(super) struct Incoming {
     pub(super) spaces: Vec<SpaceHandle>,
     pub(super) members: Vec<Member>,
     pub(super) verified: BTreeMap<Pid, u64>,
+    pub(super) sockets: Vec<FrozenSocket>,
+    pub(super) arriving: Arriving,
+    pub(super) kept_sockets: Vec<Vec<KeptSocket>>,
     pub(super) event: Option<DestinationEvent>,
     /// What a former daemon has rebuilt.
     pub(super) waiting: Vec<(KeptPlace, Option<Withdrawn>)>,
@@ -118,6 +124,9 @@ impl Incoming {
             spaces: Vec::new(),
             members: Vec::new(),
             verified: BTreeMap::new(),
+            sockets: Vec::new(),
+            arriving: Arriving::default(),
+            kept_sockets: Vec::new(),
             event: None,
             waiting: Vec::new(),
         }

@@ -12,6 +12,7 @@ use crate::capture::freeze::Frozen;
 use crate::capture::{Met, Source, Watch};
 use crate::pager::Withdrawn;
 use crate::signals::orders::Obeyed;
+use crate::sockets::leaving::Leaving;
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::home::HomeEvent;
 use dunlin_cluster::relocation::source::{
@@ -122,6 +123,7 @@ pub(super) struct Outgoing<'a> {
     pub(super) events: Vec<SourceEvent>,
     pub(super) early: Vec<SourceEvent>,
     pub(super) tight: bool,
+    pub(super) sockets: Leaving,
 }
 
 /// Goes on with a move of a former daemon, of which these images are left: who asked for it is not told.
@@ -146,6 +148,7 @@ pub(super) fn go_on(
     this.told = true;
     this.withdrawn = withdrawn;
     this.left = left;
+    this.sockets = Leaving::take_up(&mover.edge, plan.move_id);
     for left in &this.left {
         this.images.extend(left.image.map(|image| (left.pid, image)));
         this.regions.insert(left.pid, left.regions.clone());
@@ -189,6 +192,7 @@ impl<'a> Outgoing<'a> {
             events: Vec::new(),
             early: Vec::new(),
             tight: false,
+            sockets: Leaving::default(),
         }
     }
 
@@ -451,6 +455,7 @@ impl<'a> Outgoing<'a> {
             }
             SourceReport::Resumed => {
                 self.tight = false;
+                self.sockets.hand_over(&self.mover.edge, self.plan.destination);
                 self.times.resumed = Some(Instant::now());
                 self.events.append(&mut self.early);
                 self.progress(MovePhase::Resume);

@@ -6,9 +6,10 @@ use super::outgoing::{MoveOutcome, failure};
 use super::{Mover, NEST_FILTERS, lock, payload};
 use crate::capture::{CaptureError, Met, Source, Surroundings};
 use crate::obstacle::obstacle;
+use crate::sockets::leaving::Owner;
 use dunlin_proto::control::{Failure, FailureKind, Obstacle};
 use dunlin_proto::ids::{MoveId, Pid, Slot};
-use dunlin_proto::image::{Lineage, Plan as ProcessPlan};
+use dunlin_proto::image::{Lineage, Plan as ProcessPlan, Socket};
 use dunlin_proto::peer::{PeerReply, PeerRequest};
 use dunlin_sys::procfs::ProcDir;
 use std::collections::BTreeMap;
@@ -112,6 +113,9 @@ impl Mover {
                 ));
             }
         }
+        let each = sources.iter().map(|source| (source.pid, sockets_of(source)));
+        let each = each.flat_map(|(pid, sockets)| sockets.map(move |(_, number, _, socket)| (pid, number, socket)));
+        obstacles.extend(crate::sockets::look::parted(each));
         if obstacles.is_empty() {
             return Ok(sources);
         }
@@ -133,7 +137,7 @@ impl Mover {
                 others.push(host);
             }
         }
-        Surroundings::new(identify, moving, staying, others)
+        Surroundings::new(identify, moving, staying, others, self.edge.inside())
     }
 
     /// All processes of the nest: host numbers and PIDs.
@@ -247,4 +251,17 @@ pub(super) fn children_of(host: i32) -> Vec<(Pid, i32)> {
 
 pub(super) fn has_ended(host: i32) -> bool {
     ProcDir::process(host).status().is_ok_and(|status| status.state == 'Z') || !ProcDir::process(host).path("").exists()
+}
+
+/// The sockets of a process that is looked at.
+pub(super) fn sockets_of(source: &Source) -> impl Iterator<Item = (u64, i32, u32, &Socket)> {
+    owner(source).sockets()
+}
+
+pub(super) fn owner(source: &Source) -> Owner<'_> {
+    Owner {
+        pid: source.pid,
+        host: source.host,
+        files: &source.plan.image.files,
+    }
 }

@@ -4,7 +4,7 @@
 
 use crate::signals::orders::Obeyed;
 use dunlin_proto::ids::{ImageId, MoveId, Pid};
-use dunlin_proto::image::{Essence, Plan};
+use dunlin_proto::image::{Essence, FrozenSocket, Plan};
 use dunlin_proto::pages::MapImage;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -33,6 +33,8 @@ pub struct Prepared {
 pub struct Frozen {
     /// The processes.
     pub processes: Vec<FrozenProcess>,
+    /// Their sockets.
+    pub sockets: Vec<FrozenSocket>,
 }
 
 /// One process of a [`Frozen`].

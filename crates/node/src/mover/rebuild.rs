@@ -7,14 +7,15 @@
 use super::Mover;
 use super::NEST_FILTERS;
 use super::incoming::{Incoming, Placed};
-use super::payload::{self, Frozen, FrozenProcess, Prepare};
+use super::payload::{self, Frozen, FrozenProcess, Prepare, Prepared};
 use super::second_hand::SecondHand;
 use crate::pager::{Finish, Journal, NewSpace, Withdrawn};
 use crate::processes::HiddenKind;
 use crate::restore::{Blank, Kit, Remade, RestoreError};
-use crate::verify;
+use crate::{sockets, verify};
 use dunlin_cluster::page_map::PageMap;
 use dunlin_proto::ids::{ImageId, Pid, RunId, Slot};
+use dunlin_proto::image::{DescriptionKind, FrozenSocket};
 use dunlin_proto::pages::ClientId;
 use dunlin_proto::peer::{PeerReply, PeerRequest};
 use dunlin_sys::procfs::ProcDir;
@@ -92,6 +93,7 @@ impl Incoming {
             relatives.dedup();
             self.relatives.push(relatives);
         }
+        self.prepare_sockets(&processes)?;
         for (index, process) in processes.into_iter().enumerate() {
             let place = self.places[index].place;
             let offsets = [0, 1].map(|i| {
@@ -112,10 +114,11 @@ impl Incoming {
 
     pub(super) fn rebuild(&mut self, payload: &[u8]) -> Result<(), String> {
         let started = Instant::now();
-        let Frozen { processes } = payload::decode(payload)?;
+        let Frozen { processes, sockets } = payload::decode(payload)?;
         if processes.len() != self.blanks.len() {
             return Err("the essence is not of the processes that were prepared".into());
         }
+        self.rebuild_sockets(sockets)?;
         self.with_kit(|this, kit| {
             let essences = processes.iter().map(|process| &process.essence);
             Blank::load_descriptors(&mut this.blanks, essences, kit)
@@ -135,10 +138,48 @@ impl Incoming {
             self.verify(index, &process)?;
             self.frozen.push(process);
         }
+        self.kept_sockets = self
+            .blanks
+            .iter()
+            .map(|blank| sockets::recovery::kept(&self.arriving, &self.sockets, blank.files()))
+            .collect();
         for (blank, process) in self.blanks.iter().zip(&self.frozen) {
             blank.outlive(&process.essence).map_err(|e| e.to_string())?;
         }
         tracing::debug!(load_us = started.elapsed().as_micros(), "loaded");
+        Ok(())
+    }
+
+    /// Sockets are made for all processes at once, in the nest's network.
+    fn prepare_sockets(&mut self, processes: &[Prepared]) -> Result<(), String> {
+        let images = processes.iter().map(|process| &process.plan.image.files);
+        let sockets = images.flat_map(|files| &files.descriptions);
+        let sockets = sockets.filter_map(|description| match &description.kind {
+            DescriptionKind::Socket(socket) => Some((description.key, &**socket)),
+            _ => None,
+        });
+        let sockets: Vec<_> = sockets.collect();
+        let network = self.mover.network().map_err(|e| e.to_string())?;
+        self.arriving
+            .prepare(&self.mover.edge, network.as_fd(), sockets.into_iter(), &mut self.common)
+            .map_err(|e| e.to_string())
+    }
+
+    /// They become what they are at the source now.
+    fn rebuild_sockets(&mut self, frozen: Vec<FrozenSocket>) -> Result<(), String> {
+        let started = Instant::now();
+        let network = self.mover.network().map_err(|e| e.to_string())?;
+        self.arriving
+            .rebuild(&self.mover.edge, network.as_fd(), &frozen, &mut self.common)
+            .map_err(|e| e.to_string())?;
+        if !frozen.is_empty() {
+            tracing::debug!(
+                sockets = frozen.len(),
+                sockets_us = started.elapsed().as_micros(),
+                "sockets"
+            );
+        }
+        self.sockets = frozen;
         Ok(())
     }
 
@@ -260,6 +301,7 @@ impl Incoming {
         verify::compare_space(blank.host, blank.space(), blank.hole())?;
         verify::compare_threads(blank, &process.essence)?;
         verify::compare_files(blank.host, blank.files())?;
+        self.arriving.verify(&self.sockets)?;
         if self.spaces[index].wait_finished(PATIENCE).is_none() {
             return Err("the pages did not come in time to be compared".into());
         }
@@ -272,6 +314,11 @@ impl Incoming {
 }
 
 impl Mover {
+    /// The network of the nest.
+    pub(super) fn network(&self) -> io::Result<std::fs::File> {
+        std::fs::File::open(format!("/proc/{}/ns/net", self.nest.init_pid()))
+    }
+
     /// How pagers reach the holders of images.
     pub(super) fn connect(&self) -> Arc<crate::pager::Connect> {
         let peers = self.peers.clone();

@@ -5,6 +5,7 @@
 
 use super::Mover;
 use crate::nest::Nest;
+use crate::sockets::recovery::KeptSocket;
 use dunlin_cluster::relocation::destination::DestinationRecord;
 use dunlin_cluster::relocation::source::SourceRecord;
 use dunlin_proto::ids::{ImageId, Incarnation, MoveId, Pid, RunId};
@@ -58,6 +59,8 @@ pub(super) struct KeptPlace {
     /// The signal that it is to be stopped by when it runs.
     pub(super) stopped_by: Option<i32>,
     pub(super) arrival: ArrivalRecord,
+    /// Those of its sockets that are in repair.
+    pub(super) sockets: Vec<KeptSocket>,
 }
 
 /// What a source must know after a restart: the protocol's part, and what it had frozen.

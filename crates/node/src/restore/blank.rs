@@ -181,9 +181,10 @@ impl Blank {
         kit: &mut Kit<'_>,
     ) -> Result<(), RestoreError> {
         for (blank, essence) in blanks.iter_mut().zip(essences) {
-            if let Some(files) = &essence.files {
+            let same = || kit.common.sockets_remade.then(|| blank.image.files.clone());
+            if let Some(files) = essence.files.clone().or_else(same) {
                 kit.options = blank.options;
-                descriptors::correct(blank, files, kit)?;
+                descriptors::correct(blank, &files, kit)?;
             }
         }
         descriptors::connect_at_last(blanks, kit)

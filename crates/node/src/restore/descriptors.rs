@@ -259,6 +259,8 @@ fn change(blank: &Blank, before: &Description, now: &Description, kit: &mut Kit<
                 .during(pid, "setting a timer")?
         }
         (DescriptionKind::Epoll { .. }, DescriptionKind::Epoll { .. }) => true,
+        // Whatever it is now, it was made so.
+        (DescriptionKind::Socket(_), DescriptionKind::Socket(_)) => true,
         (DescriptionKind::Unix(before), DescriptionKind::Unix(now)) => {
             unix::change(fd, before, now).during(pid, "setting a unix socket")?
         }
@@ -290,6 +292,12 @@ fn make(blank: &Blank, description: &Description, kit: &mut Kit<'_>) -> Result<R
             return Err(RestoreError::Unsound {
                 pid,
                 why: "a path is opened by the process itself",
+            });
+        }
+        DescriptionKind::Socket(_) => {
+            return Err(RestoreError::Unsound {
+                pid,
+                why: "a socket is made once for a whole move",
             });
         }
         DescriptionKind::Directory(file) | DescriptionKind::Device(file) | DescriptionKind::Kernel(file) => {
@@ -354,20 +362,21 @@ fn place(fd: &OwnedFd, description: &Description) -> io::Result<()> {
         | DescriptionKind::Timer(_)
         | DescriptionKind::Signals(_)
         | DescriptionKind::Unix(_)
+        | DescriptionKind::Socket(_)
         | DescriptionKind::Process(_) => Ok(()),
     }
 }
 
 impl Common {
     /// A description that is there from now on.
-    fn keep(&mut self, key: u64, fd: OwnedFd) {
+    pub(crate) fn keep(&mut self, key: u64, fd: OwnedFd) {
         self.makings += 1;
         self.made.insert(key, self.makings);
         self.descriptions.insert(key, fd);
     }
 
     /// It is to be made anew.
-    fn forget(&mut self, key: u64) {
+    pub(crate) fn forget(&mut self, key: u64) {
         self.made.remove(&key);
         self.descriptions.remove(&key);
     }

@@ -116,6 +116,7 @@ impl Node {
             residents: Arc::new(Residents::default()),
             exits: exits.unwrap(),
             streams: Arc::new(NoStreams),
+            edge: dunlin_node::edge::Edge::none(),
         })
         .unwrap();
         let _ = late.set(mover.clone());

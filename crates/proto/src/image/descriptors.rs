@@ -3,7 +3,7 @@
 //! Owns the portable form of an open file description of each kind. Refuses to know how one is looked at or made again.
 //! Descriptions that refer to each other do so by their keys.
 
-use super::FileRef;
+use super::{FileRef, Socket};
 use crate::ids::{Pid, RunId};
 use serde::{Deserialize, Serialize};
 
@@ -131,6 +131,8 @@ pub enum DescriptionKind {
         /// The bytes in it (with its first reading end only).
         bytes: Vec<u8>,
     },
+    /// A socket of the Internet families: what is in it travels apart, once in a whole move.
+    Socket(Box<Socket>),
     /// An event counter.
     Event {
         /// Its count.
