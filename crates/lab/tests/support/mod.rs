@@ -6,6 +6,7 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 pub mod obedient;
+pub mod outside;
 
 use dunlin_lab::Lab;
 use dunlin_lab::harness::{NotMoved, Run, request};
