@@ -255,12 +255,6 @@ pub fn resume(blank: &Blank, essence: &Essence) -> Result<(), RestoreError> {
         .during(pid, "setting the action of SIGTRAP")?;
     let leader = blank.foothold.uproot(leader).during(pid, "taking the loop out")?;
     leaders.into_iter().try_for_each(last_stores)?;
-    if let Some(signal) = essence.stopped_by
-        && let Some(process) = rustix::process::Pid::from_raw(blank.host)
-        && let Some(signal) = rustix::process::Signal::from_named_raw(signal)
-    {
-        rustix::process::kill_process(process, signal).during(pid, "stopping it again")?;
-    }
     let hosts: Vec<i32> = blank
         .threads
         .values()

@@ -33,6 +33,8 @@ pub struct Status {
     pub capabilities: [u64; 5],
     /// no_new_privs is set.
     pub no_new_privs: bool,
+    /// Pending signals, the thread's and the process's (bit n-1 for signal n).
+    pub pending: u64,
     /// Ignored signals (bit n-1 for signal n).
     pub ignored: u64,
     /// Caught signals.
@@ -82,6 +84,7 @@ impl Status {
             "CapBnd" => self.capabilities[3] = hex(value)?,
             "CapAmb" => self.capabilities[4] = hex(value)?,
             "NoNewPrivs" => self.no_new_privs = value == "1",
+            "SigPnd" | "ShdPnd" => self.pending |= hex(value)?,
             "SigIgn" => self.ignored = hex(value)?,
             "SigCgt" => self.caught = hex(value)?,
             "Seccomp_filters" => self.seccomp_filters = Some(value.parse().ok()?),
