@@ -12,7 +12,8 @@ use crate::capture::freeze::LeftBehind;
 use crate::install::{Installer, Wanted};
 use crate::nest::{Nest, SurrogateSpec};
 use crate::processes::{Hidden, HiddenKind};
-use crate::signals::orders::settle_stop;
+use crate::signals::orders::{self, settle_stop};
+use crate::signals::surrogates::own_continuation;
 use dunlin_proto::control::ExitStatus;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Child, Lineage};
@@ -23,7 +24,7 @@ use dunlin_sys::surrogate;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 const SYS_CLONE: i64 = 56;
@@ -36,6 +37,7 @@ const SYS_CLOSE_RANGE: i64 = 436;
 const AT_EMPTY_PATH: u64 = 0x1000;
 const CLONE_VM: u64 = 0x100;
 const SIGCHLD: u64 = 17;
+const SIGCONT: i32 = 18;
 const INIT: Pid = Pid(1);
 /// No move that prepares goes on longer than this.
 const LONGEST_MOVE: Duration = Duration::from_secs(60);
@@ -46,6 +48,8 @@ pub struct Entries {
     nest: Nest,
     hidden: Arc<Hidden>,
     installer: Arc<Installer>,
+    /// This daemon's nonce.
+    boot: u64,
 }
 
 /// A place that a process can be restored into.
@@ -59,11 +63,12 @@ pub struct Place {
 
 impl Entries {
     /// The surrogates of this nest.
-    pub fn new(nest: Nest, hidden: Arc<Hidden>, installer: Arc<Installer>) -> Entries {
+    pub fn new(nest: Nest, hidden: Arc<Hidden>, installer: Arc<Installer>, boot: u64) -> Entries {
         Entries {
             nest,
             hidden,
             installer,
+            boot,
         }
     }
 
@@ -336,10 +341,15 @@ impl Entries {
     }
 
     /// Makes the surrogates of the children that a process left behind, under its blank, which this OS thread traces and
-    /// has stopped. `place` is memory of it that may be overwritten.
+    /// has stopped; those that are there already are made what they were where it was. `place` is memory of it that may be
+    /// overwritten.
     pub fn children(&self, maker: i32, place: u64, children: &[Child]) -> io::Result<()> {
         for child in children {
-            if self.present(child.pid)?.is_some() || self.hidden.kind(child.pid) == Some(HiddenKind::Keeper) {
+            if self.hidden.kind(child.pid) == Some(HiddenKind::Keeper) {
+                continue;
+            }
+            if self.present(child.pid)?.is_some() {
+                self.agree(child)?;
                 continue;
             }
             self.hidden.insert(child.pid, HiddenKind::Relative);
@@ -350,24 +360,56 @@ impl Entries {
             } else {
                 Manner::AsMaker
             };
-            let host = self.child_of(
+            self.child_of(
                 Stopped::assume(maker),
                 (maker, Some(place)),
                 child.pid,
                 manner,
                 &child.comm,
             )?;
-            if let (Some(stop), Some(process)) = (&child.stop, rustix::process::Pid::from_raw(host)) {
-                self.hidden.is_stopped(child.pid, !stop.unsaid);
-                rustix::process::kill_process(process, rustix::process::Signal::STOP)?;
-                settle_stop(host);
+            self.agree(child)?;
+            if let Some(stop) = &child.stop {
                 self.send_all(child.pid, &stop.pending);
-            }
-            if let Some(status) = child.ended {
-                self.end(child.pid, crate::processes::exits::decode(status))?;
             }
         }
         Ok(())
+    }
+
+    /// Has what stands for a child be stopped, run on or end as its parent last knew the child where that was. What
+    /// somebody here has done to it meanwhile is news, and stays; so does a child that is here itself.
+    fn agree(&self, child: &Child) -> io::Result<()> {
+        let (pid, kind) = (child.pid, self.hidden.kind(child.pid));
+        let stands = matches!(kind, Some(HiddenKind::Departed | HiddenKind::Relative));
+        let (Some(job), Some(host)) = (self.hidden.job(pid).filter(|_| stands), self.nest.host_pid(pid)?) else {
+            return Ok(());
+        };
+        if let Some(status) = child.ended {
+            return self.end(pid, crate::processes::exits::decode(status));
+        }
+        let mut job = job.lock().unwrap_or_else(PoisonError::into_inner);
+        if orders::is_stopped(host) != Some(job.stopped) {
+            return Ok(());
+        }
+        let process = rustix::process::Pid::from_raw(host).ok_or(io::ErrorKind::InvalidInput)?;
+        let stop = || -> io::Result<()> {
+            rustix::process::kill_process(process, rustix::process::Signal::STOP)?;
+            settle_stop(host);
+            Ok(())
+        };
+        let go_on = || self.nest.signal(pid, SIGCONT, &own_continuation(self.boot)).map(drop);
+        match &child.stop {
+            Some(told) if !job.stopped => {
+                job.stopped = !told.unsaid;
+                stop()
+            }
+            None if job.stopped => {
+                job.stopped = false;
+                go_on()
+            }
+            // A continuation that the parent can still wait for.
+            None if child.continued => stop().and_then(|()| go_on()),
+            Some(_) | None => Ok(()),
+        }
     }
 
     /// Sends a task of the nest signals with their payload.

@@ -181,7 +181,7 @@ impl Mover {
         let notices = decisions::recover_notices(&nest)?;
         let mover = Arc::new_cyclic(|me| Mover {
             here,
-            entries: Entries::new(nest.clone(), hidden.clone(), installer.clone()),
+            entries: Entries::new(nest.clone(), hidden.clone(), installer.clone(), peers.boot()),
             images: ImageStore::new(),
             pager: Pager::new(),
             orders: Orders::default(),

@@ -80,6 +80,11 @@ pub struct Peers {
 }
 
 impl Peers {
+    /// This daemon's nonce.
+    pub fn boot(&self) -> u64 {
+        self.boot
+    }
+
     /// The peers of a configuration. `boot` is the daemon's nonce.
     pub fn new(config: &NodeConfig, boot: u64) -> Peers {
         let mut nodes: BTreeMap<Slot, (String, SocketAddr)> = config

@@ -13,6 +13,7 @@ mod locks;
 mod mappings;
 mod signals;
 mod sleeper;
+mod stops;
 mod threads;
 mod traits;
 

@@ -180,19 +180,39 @@ fn may_signal(by: Caller, (uid, saved_uid): (u32, u32)) -> bool {
 
 /// A child that is elsewhere has changed in a way that its parent's kernel would tell: what stands for it here does the
 /// same. `after`: the last order from here that it had obeyed by then.
-pub fn child_changed(node: &Arc<Node>, child: Pid, change: Change, after: u64) -> io::Result<()> {
-    let Some(job) = node.hidden.job(child) else {
-        return Ok(());
+///
+/// `NotYet`: its parent is just leaving or coming; `NotHere`: what stands for the child here has shown it, but its parent is
+/// to be told where it is.
+pub fn child_changed(node: &Arc<Node>, parent: Pid, child: Pid, change: Change, after: u64) -> io::Result<PeerReply> {
+    let show = || match node.nest.host_pid(child)? {
+        Some(host) => show_child(node, child, host, change, after),
+        None => Ok(()),
     };
+    let is_here = node.here(parent)?.is_some();
+    let shown = match change {
+        // While the end is shown, nobody waits for the parent.
+        Change::Ended(_) if node.mover.orders.is_closed(parent) => None,
+        Change::Ended(_) => Some(show()),
+        Change::Stopped | Change::Continued => node.mover.orders.signalling(parent, Duration::ZERO, |_| show()),
+    };
+    Ok(match shown.transpose()? {
+        None => PeerReply::NotYet,
+        Some(()) if is_here => PeerReply::Done,
+        Some(()) => PeerReply::NotHere,
+    })
+}
+
+fn show_child(node: &Arc<Node>, child: Pid, host: i32, change: Change, after: u64) -> io::Result<()> {
     let stops = match change {
         Change::Ended(status) => return end(node, child, status),
         Change::Stopped => true,
         Change::Continued => false,
     };
-    let (Some(surrogate), Some(host)) = (node.nest.pidfd(child)?, node.nest.host_pid(child)?) else {
+    let (Some(job), Some(surrogate)) = (node.hidden.job(child), node.nest.pidfd(child)?) else {
         return Ok(());
     };
     let mut job = job.lock().unwrap_or_else(PoisonError::into_inner);
+    tracing::debug!(%child, ?change, after, ?job, "told of a child");
     // What was before the last order from here is not so any more; and what somebody here has done to the surrogate just
     // now will be the next order.
     let is_old = job.last_order != 0 && after != job.last_order;
@@ -205,7 +225,7 @@ pub fn child_changed(node: &Arc<Node>, child: Pid, change: Change, after: u64) -
         orders::settle_stop(host);
         Ok(())
     } else {
-        pidfd::send(surrogate, number::CONT, Some(&surrogates::own_continuation(node)))
+        pidfd::send(surrogate, number::CONT, Some(&surrogates::own_continuation(node.boot)))
     }
 }
 

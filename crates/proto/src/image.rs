@@ -53,7 +53,7 @@ pub struct Lineage {
     pub command: String,
 }
 
-/// A child that stays where it is when its parent moves.
+/// A child of a process that moves.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Child {
     /// Its PID.
@@ -62,10 +62,14 @@ pub struct Child {
     pub pgid: Pid,
     /// Its session.
     pub sid: Pid,
+    /// It moves along.
+    pub along: bool,
     /// It has ended already and its parent has not waited for it: its wait status.
     pub ended: Option<i32>,
     /// It, or what stands for it where its parent was, is stopped.
     pub stop: Option<ChildStop>,
+    /// It was continued, and its parent has not waited for that.
+    pub continued: bool,
     /// Its command name.
     pub comm: Vec<u8>,
 }

@@ -123,7 +123,9 @@ pub enum PeerRequest {
     },
     /// To a node that may hold surrogates of `child` (`Done`).
     ChildChanged {
-        /// Whose parent would be told by its kernel.
+        /// Whose kernel would tell it.
+        parent: Pid,
+        /// Of which child.
         child: Pid,
         /// What has become of it.
         change: Change,

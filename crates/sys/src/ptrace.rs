@@ -442,7 +442,8 @@ impl Stopped {
     /// answer. Its registers and its signal mask are as before afterwards, and so are its signal dispositions: the
     /// stops are syscall-stops, not SIGTRAPs.
     ///
-    /// The caller has blocked all signals (a SIGSTOP that comes meanwhile is kept and raised again).
+    /// The caller has blocked all signals. A SIGSTOP that comes meanwhile takes effect at once, as ever, and the call is made
+    /// nevertheless: let go, the thread is stopped.
     pub fn inject(self, instruction: u64, number: i64, arguments: [u64; 6]) -> Result<(Stopped, i64), TraceError> {
         let before = self.begin_call(instruction, number, arguments)?;
         let (entered, _) = self.run_to_syscall_stop()?;
@@ -502,6 +503,9 @@ impl Stopped {
                 Event::Stopped(thread, Stop::Interrupt | Stop::Group(_) | Stop::Cloned(_)) => {
                     running = thread.resume_to_syscall(0)?;
                 }
+                Event::Stopped(thread, Stop::Signal(libc::SIGSTOP)) => {
+                    running = thread.resume_to_syscall(libc::SIGSTOP)?;
+                }
                 Event::Stopped(thread, stop @ Stop::Signal(_)) => {
                     return Err(TraceError::Unexpected { tid: thread.tid, stop });
                 }
@@ -512,10 +516,16 @@ impl Stopped {
     /// Executes one instruction. The caller has unblocked SIGTRAP.
     pub fn step(self) -> Result<Stopped, TraceError> {
         let tid = self.tid;
-        request(tid, "PTRACE_SINGLESTEP", libc::PTRACE_SINGLESTEP, 0, 0)?;
-        match Running::announced(tid).wait()? {
-            Event::Ended(_) => Err(TraceError::Gone { tid }),
-            Event::Stopped(thread, _) => Ok(thread),
+        let mut deliver = 0;
+        loop {
+            request(tid, "PTRACE_SINGLESTEP", libc::PTRACE_SINGLESTEP, 0, deliver as usize)?;
+            deliver = match Running::announced(tid).wait()? {
+                Event::Ended(_) => return Err(TraceError::Gone { tid }),
+                // Before the instruction.
+                Event::Stopped(_, Stop::Signal(libc::SIGSTOP)) => libc::SIGSTOP,
+                Event::Stopped(_, Stop::Group(_)) => 0,
+                Event::Stopped(thread, _) => return Ok(thread),
+            };
         }
     }
 
@@ -549,9 +559,12 @@ impl Stopped {
             match running.wait()? {
                 Event::Ended(_) => return Err(TraceError::Gone { tid }),
                 Event::Stopped(stopped, Stop::Syscall) => return Ok((stopped, child)),
-                // An interrupt that was asked for before, or a SIGSTOP: it is still pending for the process, or will be
-                // seen as its group-stop later.
+                // An interrupt that was asked for before, or the group-stop: it is seen again when the thread is let go.
                 Event::Stopped(stopped, Stop::Interrupt | Stop::Group(_)) => running = stopped.resume_to_syscall(0)?,
+                // No mask holds it: the process is stopped from now on, and its parent told, while the call is made.
+                Event::Stopped(stopped, Stop::Signal(libc::SIGSTOP)) => {
+                    running = stopped.resume_to_syscall(libc::SIGSTOP)?;
+                }
                 Event::Stopped(stopped, Stop::Cloned(tid)) => {
                     child = Some(tid);
                     running = stopped.resume_to_syscall(0)?;

@@ -368,12 +368,18 @@ pub enum ScriptError {
 #[derive(Debug)]
 pub struct Answers<'a> {
     arena: &'a Arena,
+    stopped_by: Option<i32>,
 }
 
 impl Answers<'_> {
     /// The raw answer of one call (negative: an error number).
     pub fn of(&self, call: Call) -> i64 {
         self.arena.answer(call.0 as u64)
+    }
+
+    /// The signal by which the process was stopped (group-stop) when the script ended.
+    pub fn stopped_by(&self) -> Option<i32> {
+        self.stopped_by
     }
 
     /// The bytes of a buffer as they are now.
@@ -460,8 +466,8 @@ impl<'a> Script<'a> {
 
     /// Runs the script in a stopped thread and hands the thread back, stopped, with its registers as before.
     ///
-    /// The caller has blocked all of the thread's signals but SIGTRAP. A stop for another reason meanwhile (an
-    /// interrupt, SIGSTOP) is passed over: it is seen again when the thread is let go.
+    /// The caller has blocked all of the thread's signals but SIGTRAP. A SIGSTOP that comes meanwhile takes effect at once,
+    /// as ever, and the script runs on nevertheless: let go, the thread is stopped.
     pub fn run(self, thread: Stopped) -> Result<(Stopped, Answers<'a>), ScriptError> {
         let before = thread.registers()?;
         let (thread, outcome) = self.run_from(thread, &before)?;
@@ -523,10 +529,14 @@ impl<'a> Script<'a> {
         before: &Registers,
     ) -> Result<(Stopped, Result<Answers<'a>, ScriptError>), ScriptError> {
         let count = self.store(&thread, before)?;
-        let thread = self.await_end(thread.resume(0)?)?;
+        let (thread, stopped_by) = self.await_end(thread.resume(0)?)?;
         let left = thread.registers()?.r12;
         if left == 0 {
-            return Ok((thread, Ok(Answers { arena: self.arena })));
+            let answers = Answers {
+                arena: self.arena,
+                stopped_by,
+            };
+            return Ok((thread, Ok(answers)));
         }
         let index = (count - left.min(count)) as usize;
         let errno = crate::Errno(-self.arena.answer(index as u64) as i32);
@@ -534,8 +544,8 @@ impl<'a> Script<'a> {
         Ok((thread, Err(ScriptError::Call { name, index, errno })))
     }
 
-    /// Waits until the script is over, and stops the thread.
-    fn await_end(&self, mut running: Running) -> Result<Stopped, ScriptError> {
+    /// Waits until the script is over, and stops the thread. Also tells what its process is stopped by, apart from this.
+    fn await_end(&self, mut running: Running) -> Result<(Stopped, Option<i32>), ScriptError> {
         /// Awake for so long; then the thread may need this CPU; then the call is one that takes its time.
         const SPINS: u32 = 4_000;
         const YIELDS: u32 = SPINS + 2_000;
@@ -559,6 +569,7 @@ impl<'a> Script<'a> {
                 Ok(Event::Stopped(thread, Stop::Cloned(_) | Stop::Interrupt | Stop::Syscall | Stop::Group(_))) => {
                     thread.resume(0)?
                 }
+                Ok(Event::Stopped(thread, Stop::Signal(libc::SIGSTOP))) => thread.resume(libc::SIGSTOP)?,
                 Ok(Event::Stopped(_, stop @ (Stop::Exec | Stop::Signal(_)))) => return unexpected(stop),
             };
         }
@@ -566,9 +577,11 @@ impl<'a> Script<'a> {
         loop {
             running = match running.wait()? {
                 Event::Ended(_) => return Err(TraceError::Gone { tid }.into()),
+                Event::Stopped(thread, Stop::Interrupt) => return Ok((thread, None)),
                 // Of a process that is stopped already, an interruption is reported as its group-stop.
-                Event::Stopped(thread, Stop::Interrupt | Stop::Group(_)) => return Ok(thread),
+                Event::Stopped(thread, Stop::Group(signal)) => return Ok((thread, Some(signal))),
                 Event::Stopped(thread, Stop::Cloned(_) | Stop::Syscall) => thread.resume(0)?,
+                Event::Stopped(thread, Stop::Signal(libc::SIGSTOP)) => thread.resume(libc::SIGSTOP)?,
                 Event::Stopped(_, stop @ (Stop::Exec | Stop::Signal(_))) => return unexpected(stop),
             };
         }

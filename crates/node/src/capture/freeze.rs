@@ -31,6 +31,7 @@ use std::time::Instant;
 /// A process with no more memory than this has its mappings listed in the freeze with their flags, if they have changed:
 /// that takes a few milliseconds at most.
 const LISTED_AGAIN: u64 = 256 << 20;
+const SIGCONT: i32 = 18;
 
 /// A process all of whose threads are stopped.
 pub struct Frozen {
@@ -247,13 +248,21 @@ impl Source {
 }
 
 impl Frozen {
-    /// Reads everything that travels inside the freeze.
-    pub fn essence(&mut self, around: &Surroundings<'_>, met: &mut Met) -> Result<Essence, CaptureError> {
+    /// Reads everything that travels inside the freeze. `along`: the other processes of the move, and which of them are
+    /// stopped; children are read before their parents, as they may stop until then.
+    pub fn essence(
+        &mut self,
+        around: &Surroundings<'_>,
+        met: &mut Met,
+        along: &BTreeMap<Pid, bool>,
+    ) -> Result<Essence, CaptureError> {
         let timers = parse_timers(&self.source.dir.text("timers")?).map_err(io::Error::from)?;
         let all_cpus = dunlin_sys::inspect::affinity(0).unwrap_or_default();
         let mut images = Vec::with_capacity(self.threads.len());
         let mut process = None;
         let mut asked = ([0; 2], 0);
+        // Of the last script that ran: a SIGSTOP may take effect in any of them.
+        let mut stopped_by = None;
         for index in 0..self.threads.len() {
             let host_tid = self.threads[index].thread.tid();
             let thread = Stopped::assume(host_tid);
@@ -261,6 +270,7 @@ impl Frozen {
             let questions = ThreadQuestions::ask(&mut script);
             let more = (index == 0).then(|| ProcessQuestions::ask(&mut script, &timers));
             let (_, answers) = script.run(thread)?;
+            stopped_by = answers.stopped_by();
             if let Some(more) = more {
                 process = Some(more.read(&answers));
                 // What is left of timers is counted from here.
@@ -286,6 +296,11 @@ impl Frozen {
             .clone_from(&process.signals.actions);
         let status = self.source.dir.status()?;
         let leader = Stopped::assume(self.source.host);
+        let mut lineage = self.source.plan.image.lineage.clone();
+        lineage.children = children(&self.source.dir, along)?;
+        if let Some(now) = self.ask_of_children(&mut lineage.children)? {
+            stopped_by = now;
+        }
         let mut signals = process.signals.clone();
         signals.pending = leader.pending_signals(true)?.into_iter().map(|s| s.to_vec()).collect();
         for (timer, host) in signals.timers.iter_mut().zip(&process.timer_threads) {
@@ -297,6 +312,8 @@ impl Frozen {
         for child in child_hosts(&self.source.dir)? {
             around.meet(child);
         }
+        // One that is pending has taken effect: the process goes on when it may run.
+        self.stopped_by = stopped_by.filter(|_| !self.pending.contains(&SIGCONT));
         let mut obstacles = Vec::new();
         let space = self.space_now(process.brk, &mut obstacles)?;
         let files = self.files_now(around, met, &mut obstacles)?;
@@ -307,9 +324,6 @@ impl Frozen {
             self.source.plan.image.space = space.clone();
         }
         let (file_pages, file_pages_dropped) = self.file_pages_now()?;
-        let mut lineage = self.source.plan.image.lineage.clone();
-        lineage.children = children(&self.source.dir)?;
-        self.ask_of_stops(&mut lineage.children)?;
         let hot_pages = self.hot_pages(&images);
         Ok(Essence {
             lineage,
@@ -340,35 +354,40 @@ impl Frozen {
         }
     }
 
-    /// Has the process waited for the stops of its children?
-    fn ask_of_stops(&self, children: &mut [Child]) -> Result<(), CaptureError> {
+    /// What has the process not waited for yet, of the stops and continuations of its children? If it was asked: what stops
+    /// the process by now.
+    fn ask_of_children(&self, children: &mut [Child]) -> Result<Option<Option<i32>>, CaptureError> {
         const SYS_WAITID: i64 = 247;
         const P_PID: u64 = 1;
-        const STOPPED_NOHANG_NOWAIT: u64 = 2 | 1 | 0x0100_0000;
+        /// WSTOPPED, WCONTINUED, WNOHANG, WNOWAIT.
+        const WHICH: u64 = 2 | 8 | 1 | 0x0100_0000;
+        const CLD_STOPPED: i32 = 5;
+        const CLD_CONTINUED: i32 = 6;
         let mut script = Script::new(&self.source.foothold.arena);
         let mut asked = Vec::new();
-        for child in children {
-            let pid = child.pid.0 as u64;
+        for child in children.iter_mut().filter(|child| child.ended.is_none()) {
             // As many as there is room for: more than a shell has jobs.
-            if let Some(stop) = child.stop.as_mut().filter(|_| asked.len() < 64) {
-                let info = script.bytes(&[0; 128]);
-                script.attempt(
-                    "waitid",
-                    SYS_WAITID,
-                    &[P_PID, pid, info.address, STOPPED_NOHANG_NOWAIT, 0],
-                );
-                asked.push((stop, info));
+            if asked.len() >= 64 {
+                break;
             }
+            let pid = child.pid.0 as u64;
+            let info = script.bytes(&[0; 128]);
+            script.attempt("waitid", SYS_WAITID, &[P_PID, pid, info.address, WHICH, 0]);
+            asked.push((child, info));
         }
         if asked.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
         let (_, answers) = script.run(Stopped::assume(self.source.host))?;
-        for (stop, info) in asked {
-            // si_signo: 0 where there is nothing to wait for.
-            stop.waitable = answers.bytes(info)[..4] != [0; 4];
+        for (child, info) in asked {
+            // si_code; 0 where there is nothing to wait for.
+            let news = answers.bytes(info)[8..12].to_vec();
+            match &mut child.stop {
+                Some(stop) => stop.waitable = news == CLD_STOPPED.to_le_bytes(),
+                None => child.continued = news == CLD_CONTINUED.to_le_bytes(),
+            }
         }
-        Ok(())
+        Ok(Some(answers.stopped_by()))
     }
 
     fn space_now(
@@ -798,7 +817,7 @@ pub(crate) fn add_take(script: &mut Script<'_>, signal: i32) {
 }
 
 /// The living and ended children of a process, but for its keepers (which have no say in its life).
-fn children(dir: &ProcDir) -> Result<Vec<Child>, CaptureError> {
+fn children(dir: &ProcDir, along: &BTreeMap<Pid, bool>) -> Result<Vec<Child>, CaptureError> {
     let mut children = Vec::new();
     for host in child_hosts(dir)? {
         let child = ProcDir::process(host);
@@ -810,12 +829,16 @@ fn children(dir: &ProcDir) -> Result<Vec<Child>, CaptureError> {
             continue;
         }
         let last = |v: &[i32]| v.last().copied().map_or(Pid(0), Pid);
+        let pid = last(&status.ns_pids);
+        let stopped = along.get(&pid).copied().unwrap_or(status.state == 'T');
         children.push(Child {
-            pid: last(&status.ns_pids),
+            pid,
             pgid: last(&status.ns_pgids),
             sid: last(&status.ns_sids),
+            along: along.contains_key(&pid),
+            continued: false,
             ended: (status.state == 'Z').then_some(stat.exit_code),
-            stop: (status.state == 'T').then_some(ChildStop {
+            stop: stopped.then_some(ChildStop {
                 waitable: false,
                 unsaid: false,
                 pending: Vec::new(),

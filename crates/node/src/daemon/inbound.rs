@@ -78,8 +78,14 @@ fn answer(node: &Arc<Node>, from: Slot, request: PeerRequest) -> PeerReply {
             signals::deliver(node, from, pid, siginfo.as_deref(), sent)
         }
         PeerRequest::Wait { pid, by } => control::wait_here(node, pid, by),
-        PeerRequest::ChildChanged { child, change, after } => {
-            signals::child_changed(node, child, change, after).map_or_else(failed, |()| PeerReply::Done)
+        PeerRequest::ChildChanged {
+            parent,
+            child,
+            change,
+            after,
+        } => {
+            let told = signals::child_changed(node, parent, child, change, after);
+            told.unwrap_or_else(failed)
         }
         PeerRequest::InputHere { run, pid } => match node.runs.is_at(run, pid, from) {
             true => PeerReply::Done,

@@ -99,22 +99,16 @@ impl Node {
         match self.mover.whereabouts(pid) {
             Whereabouts::EachNodesOwn => Ok(Place::Nowhere),
             Whereabouts::Known(place) if place.node() != self.slot => Ok(Place::At(place.node())),
-            Whereabouts::Known(_) => match self.ended_here(pid) {
-                // It was arriving, and has come meanwhile.
-                Place::Nowhere => Ok(self
-                    .here(pid)
-                    .map_err(nest_failure)?
-                    .map_or(Place::Nowhere, Place::Here)),
-                ended => Ok(ended),
-            },
+            Whereabouts::Known(_) => self.arrived_or_ended(pid),
             Whereabouts::AskHome { home, .. } => self.ask_home(home, pid),
         }
     }
 
     /// What is known of a process that should be here and is not.
-    fn ended_here(&self, pid: Pid) -> Place {
-        // A run's end is known when PID 1 has told it, which may be a moment after the kernel has forgotten the process;
-        // an end elsewhere when its node has told it, while the entry here is still to end.
+    fn arrived_or_ended(&self, pid: Pid) -> Result<Place, Failure> {
+        // Of one that is arriving it is decided that it is here; in a moment it is. A run's end is known when PID 1 has told
+        // it, which may be a moment after the kernel has forgotten the process; an end elsewhere when its node has told it,
+        // while the entry here is still to end.
         let is_coming = || {
             let is_run = self.runs.of(pid).is_some();
             is_run || self.hidden.kind(pid).is_some() && self.exits.ended(pid).is_none()
@@ -123,10 +117,13 @@ impl Node {
         while is_coming() && Instant::now() < deadline {
             thread::sleep(WORD_AFTER);
         }
-        self.exits.ended(pid).map_or(Place::Nowhere, |e| Place::Ended {
+        if let Some(pidfd) = self.here(pid).map_err(nest_failure)? {
+            return Ok(Place::Here(pidfd));
+        }
+        Ok(self.exits.ended(pid).map_or(Place::Nowhere, |e| Place::Ended {
             status: e.status,
             uid: e.uid,
-        })
+        }))
     }
 
     fn ask_home(&self, home: Slot, pid: Pid) -> Result<Place, Failure> {

@@ -26,6 +26,9 @@ impl Incoming {
             self.mover.remember_arrival(&self.arrival_of(index));
         }
         self.arriving.speak(&self.mover.edge);
+        for process in &self.frozen {
+            self.mover.tell_signals(&process.essence.lineage.children);
+        }
         let blanks = std::mem::take(&mut self.blanks);
         let mut hosts = Vec::new();
         for (blank, process) in blanks.into_iter().zip(&self.frozen) {
@@ -140,7 +143,6 @@ impl Incoming {
             Err(error) => tracing::error!(%pid, %error, "an arrived process cannot be watched"),
         }
         mover.streams.arrived(pid, &streams);
-        mover.tell_stops(&process.essence.lineage.children);
         tracing::info!(%pid, from = %self.id.source, ?incarnation, "a process has arrived");
     }
 
@@ -154,6 +156,7 @@ impl Incoming {
         // A failure leaves one place half-made; those after it are as they were found or made.
         let touched = std::mem::take(&mut self.blanks).len() + 1;
         for (index, Placed { pid, place, comm }) in std::mem::take(&mut self.places).into_iter().enumerate() {
+            self.mover.orders.leave(pid);
             if let Some(space) = self.mover.ahead.remove(self.id, pid) {
                 // Whatever it answers: nothing is installed from here on.
                 drop(space.withdraw());

@@ -134,8 +134,11 @@ impl Outgoing<'_> {
         let mut processes = Vec::new();
         let mut members = Vec::new();
         let mut frozen_all = std::mem::take(&mut self.frozen);
-        for frozen in &mut frozen_all {
-            let captured = self.capture(frozen, &around);
+        let mut along: BTreeMap<Pid, bool> = frozen_all.iter().map(|f| (f.source.pid, f.is_stopped())).collect();
+        // Children first: whether one is stopped is known when its parent is asked what it has seen of that.
+        for frozen in frozen_all.iter_mut().rev() {
+            let captured = self.capture(frozen, &around, &along);
+            along.insert(frozen.source.pid, frozen.is_stopped());
             match captured {
                 Ok((member, process)) => {
                     members.push(member);
@@ -148,6 +151,8 @@ impl Outgoing<'_> {
             }
         }
         self.frozen = frozen_all;
+        members.reverse();
+        processes.reverse();
         let captured = Instant::now();
         for frozen in &mut self.frozen {
             frozen.park()?;
@@ -178,18 +183,19 @@ impl Outgoing<'_> {
         &mut self,
         frozen: &mut Frozen,
         around: &Surroundings<'_>,
+        along: &BTreeMap<Pid, bool>,
     ) -> Result<(Member, FrozenProcess), CaptureError> {
         let pid = frozen.source.pid;
         for (run, stream) in frozen.source.streams() {
             self.mover.streams.settle(run, stream)?;
         }
-        let mut essence = frozen.essence(around, &mut self.met)?;
-        let moving: Vec<Pid> = self.party.iter().map(|(pid, _)| *pid).collect();
-        essence.lineage.children.retain(|child| {
-            !moving.contains(&child.pid)
-                && self.mover.hidden.kind(child.pid) != Some(crate::processes::HiddenKind::Keeper)
-        });
-        self.mover.take_stops(&mut essence.lineage.children);
+        let mut essence = frozen.essence(around, &mut self.met, along)?;
+        essence
+            .lineage
+            .children
+            .retain(|child| self.mover.hidden.kind(child.pid) != Some(crate::processes::HiddenKind::Keeper));
+        let taken = self.mover.take_stops(&mut essence.lineage.children);
+        self.taken.extend(taken);
         let arrival = self.mover.arrivals.get(pid);
         let mut map = None;
         let mut images = Vec::new();
@@ -257,6 +263,7 @@ impl Outgoing<'_> {
 
     pub(super) fn thaw(&mut self) {
         self.tight = false;
+        self.mover.give_stops_back(std::mem::take(&mut self.taken));
         for (pid, _) in &self.party {
             lock(&self.mover.ends).remove(pid);
         }
@@ -300,6 +307,7 @@ impl Outgoing<'_> {
             self.watches.push(frozen.source.take_watch());
             let streams = frozen.source.streams();
             self.mover.exits.left(pid);
+            tracing::debug!(%pid, stopped = frozen.is_stopped(), pending = ?frozen.pending(), "leaving");
             let task = (pid, frozen.source.host, frozen.is_stopped());
             let mover = self.mover.clone();
             let remember = |number| self.remember_image(pid, number);

@@ -111,6 +111,8 @@ pub(super) struct Outgoing<'a> {
     pub(super) images: BTreeMap<Pid, ImageId>,
     /// The orders that each has obeyed, from when nobody could give it more.
     pub(super) obeyed: BTreeMap<Pid, Obeyed>,
+    /// Children whose stops are told by their parent's arrival.
+    pub(super) taken: Vec<Pid>,
     pub(super) keepers: BTreeMap<Pid, i32>,
     pub(super) watches: Vec<Watch>,
     pub(super) regions: BTreeMap<Pid, Vec<(u64, u64)>>,
@@ -181,6 +183,7 @@ impl<'a> Outgoing<'a> {
             withdrawn: BTreeMap::new(),
             images: BTreeMap::new(),
             obeyed: BTreeMap::new(),
+            taken: Vec::new(),
             keepers: BTreeMap::new(),
             watches: Vec::new(),
             regions: BTreeMap::new(),

@@ -4,11 +4,11 @@
 //! Owns the blanks and the spaces that the pager adopts for them. Refuses to let any of them run. Invariant: a blank that is
 //! loaded waits in its loop, whatever becomes of this daemon.
 
-use super::Mover;
 use super::NEST_FILTERS;
 use super::incoming::{Incoming, Placed};
 use super::payload::{self, Frozen, FrozenProcess, Prepare, Prepared};
 use super::second_hand::SecondHand;
+use super::{Mover, lock};
 use crate::pager::{Finish, Journal, NewSpace, Withdrawn};
 use crate::processes::HiddenKind;
 use crate::restore::{Blank, Kit, Remade, RestoreError};
@@ -123,11 +123,20 @@ impl Incoming {
             let essences = processes.iter().map(|process| &process.essence);
             Blank::load_descriptors(&mut this.blanks, essences, kit)
         })?;
+        // What there is to be told of its children waits until it has come.
+        for blank in &self.blanks {
+            self.mover.orders.close(blank.pid);
+        }
         for (index, process) in processes.into_iter().enumerate() {
             let came = self.stop_filling(index, &process)?;
             let mut stale = process.ahead.as_ref().map_or(Vec::new(), |ahead| ahead.stale.clone());
             // What was called back and has not come again is there in an older form.
             stale.extend(came.iter().flat_map(|came| came.map.runs_away()));
+            let known = self.mover.hidden.job(self.blanks[index].pid);
+            let known = known.is_some_and(|job| lock(&job).stopped);
+            self.blanks[index]
+                .settle_stop(&process.essence, known)
+                .map_err(|e| e.to_string())?;
             let remade = self.with_kit(|this, kit| this.blanks[index].load(&process.essence, &stale, kit))?;
             self.make_children(index, &process)?;
             self.adopt(index, &process, came.map(|came| (came, remade)))?;
@@ -143,6 +152,7 @@ impl Incoming {
             .iter()
             .map(|blank| sockets::recovery::kept(&self.arriving, &self.sockets, blank.files()))
             .collect();
+        self.show_children()?;
         for (blank, process) in self.blanks.iter().zip(&self.frozen) {
             blank.outlive(&process.essence).map_err(|e| e.to_string())?;
         }
@@ -183,19 +193,41 @@ impl Incoming {
         Ok(())
     }
 
+    /// What each parent has not waited for yet, of the stops of its children that move along, it can wait for.
+    fn show_children(&self) -> Result<(), String> {
+        let show = |parent: &Blank, process: &FrozenProcess, place: &Placed| -> Result<(), RestoreError> {
+            let children = &process.essence.lineage.children;
+            for child in children.iter().filter(|child| child.along && child.continued) {
+                let mut both = self.blanks.iter().zip(&self.frozen);
+                if let Some((blank, process)) = both.find(|(blank, _)| blank.pid == child.pid) {
+                    blank.show_continued(&process.essence)?;
+                }
+            }
+            match children.iter().any(|child| child.along) {
+                true => parent.unhear_children(&process.essence, place.place.stood_before),
+                false => Ok(()),
+            }
+        };
+        let mut all = self.blanks.iter().zip(&self.frozen).zip(&self.places);
+        all.try_for_each(|((blank, process), place)| show(blank, process, place).map_err(|e| e.to_string()))
+    }
+
     /// Surrogates of the children that stay behind, so that the process can wait for them.
     fn make_children(&mut self, index: usize, process: &FrozenProcess) -> Result<(), String> {
-        let children = &process.essence.lineage.children;
+        let mut children = process.essence.lineage.children.clone();
+        children.retain(|child| !child.along);
         if children.is_empty() {
             return Ok(());
         }
         let blank = &self.blanks[index];
         self.mover
             .entries
-            .children(blank.host, blank.scratch(), children)
+            .children(blank.host, blank.scratch(), &children)
             .map_err(|e| format!("making surrogates of its children: {e}"))?;
+        self.mover.tell_stops(&children);
+        // (Those that move along are waited for when they are there.)
         blank
-            .unhear_children(&process.essence)
+            .unhear_children(&process.essence, self.places[index].place.stood_before)
             .map_err(|e| format!("waiting for its children: {e}"))?;
         let made = children.iter().map(|c| c.pid);
         self.relatives[index].extend(made.filter(|pid| self.mover.hidden.kind(*pid) == Some(HiddenKind::Relative)));

@@ -8,6 +8,7 @@
 use super::{Mover, lock};
 use crate::capture::{SCRIPT_MASK, made_again};
 use crate::processes::HiddenKind;
+use crate::signals::orders::settle_stop;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::Child;
 use dunlin_sys::foothold::syscall_instruction;
@@ -38,6 +39,11 @@ impl Mover {
                 self.hidden.remove(pid);
             }
         }
+        // Held all the time, so that no process begins to arrive.
+        let arriving = lock(&self.destinations);
+        if !arriving.is_empty() {
+            return;
+        }
         self.orders.forget(|pid| {
             self.hidden.kind(pid).is_some() || self.nest.host_pid(pid).is_ok_and(|found| found.is_none())
         });
@@ -45,22 +51,27 @@ impl Mover {
         if relatives.is_empty() {
             return;
         }
-        // Held all the time, so that no process begins to arrive.
-        let arriving = lock(&self.destinations);
-        if !arriving.is_empty() {
-            return;
-        }
         let needed = self.needed(|_| false);
         for relative in relatives {
-            if !needed.contains(&relative) && !self.arrivals.needs(relative) {
+            // What it was sent it says first; it is looked at again in the next round.
+            if !needed.contains(&relative) && !self.arrivals.needs(relative) && self.is_quiet(relative) {
                 self.entries.discard(relative);
             }
         }
     }
 
+    /// Has a surrogate said all that it was sent? A stopped one says nothing.
+    fn is_quiet(&self, pid: Pid) -> bool {
+        let host = self.nest.host_pid(pid).ok().flatten();
+        let status = host.and_then(|host| ProcDir::process(host).status().ok());
+        status.is_none_or(|s| s.state == 'T' || (s.state == 'S' && s.pending | s.process_pending == 0))
+    }
+
     /// What a stopped surrogate of a child has not told anybody yet goes along with the parent, as the surrogate ends here
     /// when the parent is gone. (The entry at home of a child stays, and what it was sent with it.)
-    pub(super) fn take_stops(&self, children: &mut [Child]) {
+    /// Hands back those of whose stop nobody was told: they are told by the parent's arrival.
+    pub(super) fn take_stops(&self, children: &mut [Child]) -> Vec<Pid> {
+        let mut taken = Vec::new();
         for child in children {
             let pid = child.pid;
             if let Some(stop) = &mut child.stop
@@ -68,26 +79,54 @@ impl Mover {
                 && let Ok(Some(host)) = self.nest.host_pid(pid)
             {
                 let job = self.hidden.job(pid);
-                stop.unsaid = job.is_some_and(|job| !lock(&job).stopped);
+                stop.unsaid = job.is_some_and(|job| !std::mem::replace(&mut lock(&job).stopped, true));
+                if stop.unsaid {
+                    taken.push(pid);
+                }
                 let pending = pending(host).map(|signals| stop.pending = signals);
                 self.log("reading what a stopped child was sent", pending);
             }
         }
+        taken
     }
 
-    /// Children that are here, or have an entry here, are told what they were not told where their parent was.
+    /// Their parent stays: their stops are told from here after all.
+    pub(super) fn give_stops_back(&self, taken: Vec<Pid>) {
+        for pid in taken {
+            self.hidden.is_stopped(pid, false);
+            let again = self.nest.unregister_surrogate(pid);
+            self.log(
+                "looking at a stopped child again",
+                again.and_then(|()| self.nest.register_surrogate(pid)),
+            );
+        }
+    }
+
+    /// Children that are here, or have an entry here, are stopped if they were not told that where their parent was: before
+    /// that runs, as it may have them go on.
     pub(super) fn tell_stops(&self, children: &[Child]) {
-        for (child, stop) in children.iter().filter_map(|c| Some((c.pid, c.stop.as_ref()?))) {
-            if self.hidden.kind(child) == Some(HiddenKind::Relative) {
-                continue;
-            }
-            if stop.unsaid
-                && let Ok(Some(pidfd)) = self.nest.pidfd(child)
+        for child in children
+            .iter()
+            .filter(|c| c.stop.as_ref().is_some_and(|stop| stop.unsaid))
+        {
+            if self.hidden.kind(child.pid) != Some(HiddenKind::Relative)
+                && let Ok(Some(pidfd)) = self.nest.pidfd(child.pid)
             {
                 let sent = rustix::process::pidfd_send_signal(&pidfd, Signal::STOP);
                 self.log("stopping a child", sent.map_err(io::Error::from));
+                if let Ok(Some(host)) = self.nest.host_pid(child.pid) {
+                    settle_stop(host);
+                }
             }
-            self.entries.send_all(child, &stop.pending);
+        }
+    }
+
+    /// Likewise, what they were sent.
+    pub(super) fn tell_signals(&self, children: &[Child]) {
+        for (child, stop) in children.iter().filter_map(|c| Some((c.pid, c.stop.as_ref()?))) {
+            if self.hidden.kind(child) != Some(HiddenKind::Relative) {
+                self.entries.send_all(child, &stop.pending);
+            }
         }
     }
 
@@ -127,18 +166,23 @@ impl Mover {
         let mut tasks = BTreeMap::new();
         let mut anchors = Vec::new();
         let mut needed = BTreeSet::new();
+        let mut living = BTreeSet::new();
+        let mut absent = Vec::new();
         for (host, pid) in self.neighbours() {
             let Some(task) = task(host) else { continue };
             let anchor = match self.hidden.kind(pid) {
-                None | Some(HiddenKind::Departed | HiddenKind::Blank) => !task.ended && !leaves(host),
+                // One that has ended, too, until its parent's surrogate has heard of it and told it on.
+                None => !leaves(host),
+                Some(HiddenKind::Departed | HiddenKind::Blank) => !task.ended && !leaves(host),
                 Some(HiddenKind::Relative | HiddenKind::Keeper | HiddenKind::Leaving) => false,
             };
             if anchor {
                 anchors.push(pid);
             }
-            // Its parent has yet to see its end, or to tell of it where the parent is now.
-            if task.ended && self.hidden.kind(pid).is_none() {
-                needed.insert(task.parent);
+            match self.hidden.kind(pid) {
+                None if anchor && !task.ended => drop(living.insert(pid)),
+                None | Some(HiddenKind::Relative) => absent.push(pid),
+                Some(HiddenKind::Departed | HiddenKind::Blank | HiddenKind::Keeper | HiddenKind::Leaving) => {}
             }
             // While a keeper is in them, the numbers of its group and session are taken: if their leaders ended, they could
             // not be made again.
@@ -150,6 +194,12 @@ impl Mover {
                 }
             }
             tasks.insert(pid, task);
+        }
+        // Who lives here waits for its children.
+        for child in absent {
+            if tasks.get(&child).is_some_and(|task| living.contains(&task.parent)) && needed.insert(child) {
+                anchors.push(child);
+            }
         }
         while let Some(anchor) = anchors.pop() {
             // PID 1 has none.

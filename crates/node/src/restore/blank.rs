@@ -12,12 +12,13 @@ use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Essence, MappingKind, Pages, Plan, ProcessImage};
 use dunlin_sys::foothold::Foothold;
 use dunlin_sys::procfs::ProcDir;
-use dunlin_sys::ptrace::{Options, Registers, Running, Stopped};
+use dunlin_sys::ptrace::{Options, Registers, Running, Stopped, TraceError};
 use dunlin_sys::refuge::Refuge;
 use dunlin_sys::script::Script;
 use dunlin_sys::surrogate;
 use dunlin_sys::uffd::Uffd;
 use rustix::fs::OFlags;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
@@ -52,6 +53,8 @@ pub struct Blank {
     pub(super) limits: Vec<(u64, i64, u64)>,
     /// The registers that each thread gets when it may run, by host number.
     pub(super) loaded: BTreeMap<i32, Registers>,
+    /// What its process was stopped by when a script ran last.
+    pub(super) stopped: Cell<Option<i32>>,
     /// Where its first thread is while the loop is taken out.
     pub(super) refuge: Option<Refuge>,
     pub(crate) options: Options,
@@ -94,9 +97,7 @@ impl Blank {
         };
         kit.options = options;
         let running = Running::seize(host, options).during(pid, "tracing the blank")?;
-        let (thread, _) = running
-            .stop(Instant::now() + STOP_PATIENCE)
-            .during(pid, "stopping the blank")?;
+        let thread = stop_at_rest(running).during(pid, "stopping the blank")?;
         thread.set_signal_mask(SCRIPT_MASK).during(pid, "blocking signals")?;
         let exe = open_same(
             kit.root.as_fd(),
@@ -152,6 +153,7 @@ impl Blank {
             limits: Vec::new(),
             loaded: BTreeMap::new(),
             refuge: None,
+            stopped: Cell::new(None),
             options,
             installed: BTreeMap::new(),
         };
@@ -273,22 +275,25 @@ impl Blank {
         Ok((uffd, mappings::demanded(&self.image.space.mappings)))
     }
 
-    /// Surrogates of its children have been stopped or ended as the children were, and the kernel has told it so: what it had
-    /// waited for, or been signalled, before is taken away again.
-    pub fn unhear_children(&self, essence: &Essence) -> Result<(), RestoreError> {
+    /// Its children, or their surrogates, have been stopped, continued or ended as the children were, and the kernel has told
+    /// it so: what it had waited for, or been signalled, before is taken away again. `has_past`: its place may have been told
+    /// of all of them before it came.
+    pub fn unhear_children(&self, essence: &Essence, has_past: bool) -> Result<(), RestoreError> {
         const SYS_WAITID: i64 = 247;
         const P_PID: u64 = 1;
-        const STOPPED_NOHANG: u64 = 2 | 1;
+        /// WSTOPPED, WCONTINUED, WNOHANG.
+        const HEAR: u64 = 2 | 8 | 1;
         const SIGCHLD: i32 = 17;
         let mut script = Script::new(&self.foothold.arena);
         let mut any = false;
-        for child in &essence.lineage.children {
-            any |= child.ended.is_some() || child.stop.is_some();
-            if child.stop.as_ref().is_some_and(|stop| !stop.waitable) {
-                let arguments = [P_PID, child.pid.0 as u64, 0, STOPPED_NOHANG, 0];
-                script.attempt("waitid", SYS_WAITID, &arguments);
+        for child in essence.lineage.children.iter().filter(|child| child.ended.is_none()) {
+            any |= has_past || child.stop.is_some() || child.continued;
+            let waitable = child.stop.as_ref().map_or(child.continued, |stop| stop.waitable);
+            if !waitable && (has_past || child.stop.is_some()) {
+                script.attempt("waitid", SYS_WAITID, &[P_PID, child.pid.0 as u64, 0, HEAR, 0]);
             }
         }
+        any |= essence.lineage.children.iter().any(|child| child.ended.is_some());
         let pending = essence.threads.iter().flat_map(|t| &t.pending);
         let told = pending
             .chain(&essence.signals.pending)
@@ -358,7 +363,9 @@ impl Blank {
         if script.is_empty() {
             return Ok(());
         }
-        script.run(Stopped::assume(tid)).during(self.pid, what).map(|_| ())
+        let (_, answers) = script.run(Stopped::assume(tid)).during(self.pid, what)?;
+        self.stopped.set(answers.stopped_by());
+        Ok(())
     }
 
     /// Writes pages of a private file mapping, whatever its protection.
@@ -385,6 +392,21 @@ impl Blank {
                 why: "a page outside",
             })
         }
+    }
+}
+
+/// Stops a surrogate where it waits for signals: elsewhere, it has taken one that it has not told of yet.
+fn stop_at_rest(mut running: Running) -> Result<Stopped, TraceError> {
+    const SYS_RT_SIGTIMEDWAIT: u64 = 128;
+    let deadline = Instant::now() + STOP_PATIENCE;
+    loop {
+        let (thread, _) = running.stop(deadline)?;
+        let registers = thread.registers()?;
+        if registers.orig_rax == SYS_RT_SIGTIMEDWAIT && (registers.rax as i64) < 0 {
+            return Ok(thread);
+        }
+        running = thread.resume(0)?;
+        std::thread::yield_now();
     }
 }
 

@@ -91,6 +91,11 @@ impl Orders {
         (!state.closed && !state.left).then(|| act(&mut state.obeyed))
     }
 
+    /// Is it being captured?
+    pub fn is_closed(&self, pid: Pid) -> bool {
+        self.lock().get(&pid).is_some_and(|door| door.lock().closed)
+    }
+
     /// Lets `look` see what a process has obeyed, while nobody signals it.
     pub fn looking<T>(&self, pid: Pid, look: impl FnOnce(&Obeyed) -> T) -> T {
         look(&self.door(pid).lock().obeyed)

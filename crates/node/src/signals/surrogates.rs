@@ -15,13 +15,17 @@ use crate::processes::HiddenKind;
 use dunlin_proto::control::{ExitStatus, FailureKind};
 use dunlin_proto::ids::{Pid, Slot};
 use dunlin_proto::peer::{Caller, Change, PeerReply, PeerRequest};
-use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// From the kernel itself.
 const SI_KERNEL: i32 = 0x80;
 /// From sigqueue(3), with a value.
 const SI_QUEUE: i32 = -1;
+/// How long a parent that is on its way is looked for, and how long in between. It may be compared in full meanwhile.
+const TELLS_AT_MOST: Duration = Duration::from_secs(60);
+const TELL_AGAIN_AFTER: Duration = Duration::from_millis(10);
 
 /// Acts on one report. May wait for peers.
 pub fn act(node: &Arc<Node>, event: NestEvent) {
@@ -54,18 +58,20 @@ fn signal(node: &Arc<Node>, pid: Pid, info: &[u8; 128]) {
     if signal != number::CONT {
         return pass_on(node, pid, signal, Some(info), None);
     }
-    if info[..32] == own_continuation(node)[..32] {
+    if info[..32] == own_continuation(node.boot)[..32] {
         return;
     }
-    if let Some(job) = node.hidden.job(pid) {
-        let order = {
+    let order = match node.hidden.job(pid) {
+        Some(job) => {
             let mut job = job.lock().unwrap_or_else(PoisonError::into_inner);
             job.stopped = false;
             job.last_order = orders::next_number();
             job.last_order
-        };
-        pass_on(node, pid, signal, Some(info), Some(order));
-    }
+        }
+        // It stands for nobody any more: the process itself has come meanwhile, or who needed it here has gone.
+        None => orders::next_number(),
+    };
+    pass_on(node, pid, signal, Some(info), Some(order));
 }
 
 /// A surrogate was seen stopped. It may have been continued since, of which there will be a report.
@@ -87,25 +93,22 @@ fn stopped(node: &Arc<Node>, pid: Pid) {
 
 /// The payload of a SIGCONT by which this daemon continues a surrogate: the kernel lets nobody in the nest have sender 0
 /// and know the value. (What comes after it in a siginfo is nothing.)
-pub fn own_continuation(node: &Node) -> [u8; 128] {
+pub fn own_continuation(boot: u64) -> [u8; 128] {
     let mut info = [0u8; 128];
     info[0..4].copy_from_slice(&number::CONT.to_ne_bytes());
     info[8..12].copy_from_slice(&SI_QUEUE.to_ne_bytes());
-    info[24..32].copy_from_slice(&node.boot.to_ne_bytes());
+    info[24..32].copy_from_slice(&boot.to_ne_bytes());
     info
 }
 
 fn pass_on(node: &Arc<Node>, pid: Pid, signal: i32, info: Option<&[u8; 128]>, order: Option<u64>) {
-    // Nobody's any more: it has become the process, which was sent the signal with the rest of what it had.
-    if node.hidden.kind(pid).is_none() {
-        return;
-    }
     let sent = Sent {
         signal,
         info,
         by: Caller::SYSTEM,
         order,
     };
+    tracing::debug!(%pid, signal, ?order, "passing on what a surrogate was sent");
     match send(node, pid, sent) {
         Ok(()) => {}
         Err(failure) if failure.kind == FailureKind::NoProcess => {}
@@ -133,56 +136,109 @@ fn child(node: &Arc<Node>, parent: Pid, info: &[u8; 128]) {
     if let Some(kind) = node.hidden.kind(child) {
         // A surrogate that did what its process had done elsewhere: it was told from there. Or what a move has left, or
         // not begun with. A kind that only lives may be that of a later task of this number.
-        if matches!(change, Change::Ended(_)) && matches!(kind, HiddenKind::Leaving | HiddenKind::Keeper) {
-            node.hidden.remove(child);
+        let lives = || node.nest.host_pid(child).is_ok_and(|host| host.is_some());
+        match (change, kind) {
+            (Change::Ended(_), HiddenKind::Leaving | HiddenKind::Keeper) => {
+                node.hidden.remove(child);
+                return;
+            }
+            // The child itself was here, and its parent comes before this news of it: by what it knows, the child lives.
+            (Change::Ended(_), HiddenKind::Relative) if lives() => {}
+            (Change::Ended(_) | Change::Stopped | Change::Continued, _) => return,
         }
-        return;
     }
-    let home = node.modulus.home(child);
-    let parent_at = match node.locate(parent) {
-        Ok(Place::At(slot)) => Some(slot),
-        Ok(Place::Here(_) | Place::Ended { .. } | Place::Nowhere) => None,
-        Err(failure) => {
-            tracing::warn!(
-                "process {parent} does not hear of its child {child}: {}",
-                failure.message
-            );
-            None
-        }
-    };
-    let mut told: BTreeSet<Slot> = parent_at.into_iter().collect();
+    let deadline = Instant::now() + TELLS_AT_MOST;
     // A process from elsewhere is watched, and its end told to its home, for itself; its stops are not.
-    if !matches!(change, Change::Ended(_)) {
-        told.extend(home);
+    if !matches!(change, Change::Ended(_))
+        && let Some(home) = node.modulus.home(child).filter(|home| *home != node.slot)
+    {
+        loop {
+            let Some(after) = obeyed_now(node, child, change, home) else {
+                return;
+            };
+            let told = tell(node, home, parent, child, change, after);
+            if told != Some(PeerReply::NotYet) || Instant::now() > deadline {
+                break;
+            }
+            thread::sleep(TELL_AGAIN_AFTER);
+        }
     }
-    told.remove(&node.slot);
-    if told.is_empty() {
-        return;
+    // Where the parent is on its way, it is told when it has come.
+    while Instant::now() < deadline {
+        let slot = match node.locate(parent) {
+            Ok(Place::At(slot)) => slot,
+            Ok(Place::Here(_)) => {
+                if let Change::Ended(status) = change {
+                    end_late(node, child, status);
+                }
+                return;
+            }
+            Ok(Place::Ended { .. } | Place::Nowhere) => return,
+            Err(failure) => {
+                return tracing::warn!(
+                    "process {parent} does not hear of its child {child}: {}",
+                    failure.message
+                );
+            }
+        };
+        let Some(after) = obeyed_now(node, child, change, slot) else {
+            return;
+        };
+        if !matches!(
+            tell(node, slot, parent, child, change, after),
+            Some(PeerReply::NotYet | PeerReply::NotHere)
+        ) {
+            return;
+        }
+        thread::sleep(TELL_AGAIN_AFTER);
     }
-    // What it had obeyed, and that it is so then, is read with nobody signalling it. If it is not so any more, the report
-    // of what it is now is on its way.
+    tracing::warn!("process {parent} does not hear of its child {child}: it could not be reached");
+}
+
+/// A surrogate that was made for a child which had ended here ends, too, and its parent is told so.
+fn end_late(node: &Arc<Node>, child: Pid, status: ExitStatus) {
+    let stands = matches!(node.hidden.kind(child), Some(HiddenKind::Relative));
+    if stands
+        && node.nest.host_pid(child).is_ok_and(|host| host.is_some())
+        && let Err(e) = super::end(node, child, status)
+    {
+        tracing::warn!("what stands for process {child} does not end: {e}");
+    }
+}
+
+/// The last order of a node that the child has obeyed, if it is still as it is told to be: read with nobody signalling it.
+/// If it is not, the report of what it is now is on its way.
+fn obeyed_now(node: &Arc<Node>, child: Pid, change: Change, slot: Slot) -> Option<u64> {
     let host = node.nest.host_pid(child).ok().flatten();
-    let (obeyed, is_old) = node.mover.orders.looking(child, |obeyed| {
+    node.mover.orders.looking(child, |obeyed| {
         let stopped = host.and_then(orders::is_stopped);
         let is_old = match change {
             Change::Ended(_) => false,
             Change::Stopped => stopped == Some(false),
             Change::Continued => stopped == Some(true),
         };
-        (obeyed.clone(), is_old)
-    });
-    if is_old {
-        return;
-    }
-    for slot in told {
-        let after = obeyed.get(&slot).copied().unwrap_or(0);
-        match node
-            .peers
-            .call(slot, &PeerRequest::ChildChanged { child, change, after })
-        {
-            Ok(PeerReply::Done) => {}
-            Ok(other) => tracing::warn!("node {} on the child {child}: {other:?}", node.peers.name(slot)),
-            Err(e) => tracing::warn!("process {parent} may not hear of its child {child}: {e}"),
+        (!is_old).then(|| obeyed.get(&slot).copied().unwrap_or(0))
+    })
+}
+
+/// Tells a node; its answer, if that was one.
+fn tell(node: &Arc<Node>, slot: Slot, parent: Pid, child: Pid, change: Change, after: u64) -> Option<PeerReply> {
+    tracing::debug!(%parent, %child, ?change, after, ?slot, "telling of a child");
+    let request = PeerRequest::ChildChanged {
+        parent,
+        child,
+        change,
+        after,
+    };
+    match node.peers.call(slot, &request) {
+        Ok(reply @ (PeerReply::Done | PeerReply::NotYet | PeerReply::NotHere)) => Some(reply),
+        Ok(other) => {
+            tracing::warn!("node {} on the child {child}: {other:?}", node.peers.name(slot));
+            None
+        }
+        Err(e) => {
+            tracing::warn!("process {parent} may not hear of its child {child}: {e}");
+            None
         }
     }
 }

@@ -386,6 +386,8 @@ impl Streams {
                 let node = relay.node;
                 // What was sent and not taken is among the bytes; the rest had been reported as taken.
                 let untaken = std::mem::take(&mut relay.untaken).len();
+                // It took the end back with the rest, and sees it when it is told again.
+                relay.end_sent = false;
                 if switch.place == Place::Leaving(node) {
                     switch.reported += bytes.len().saturating_sub(untaken);
                     self.arrive(&mut switch, to, bytes);

@@ -20,7 +20,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
+use std::time::Duration;
 
+/// How often it is looked whether an input pipe still has a reader.
+const LOOKS_FOR_READERS: Duration = Duration::from_millis(200);
 /// `drain` reads no more: more than a pipe holds was written meanwhile.
 const MAX_DRAIN_BYTES: usize = 2 << 20;
 
@@ -237,6 +240,20 @@ impl Port {
         }
         input.end = End::Open;
         Ok(Unread { bytes, taken })
+    }
+
+    /// Waits until nobody has the near end of an input pipe open; `false`: it has ended otherwise.
+    pub fn await_no_readers(&self) -> bool {
+        loop {
+            // Looked at, not held: a copy of the writing end would keep the end of the input from being seen.
+            thread::sleep(LOOKS_FOR_READERS);
+            let Some(far) = self.far() else { return false };
+            let mut polled = [PollFd::new(&*far, PollFlags::empty())];
+            let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+            if poll(&mut polled, Some(&now)).is_ok_and(|_| polled[0].revents().contains(PollFlags::ERR)) {
+                return true;
+            }
+        }
     }
 
     /// Input goes to the program here (again).

@@ -188,7 +188,7 @@ impl Relay {
         }
     }
 
-    fn supervise(&self) {
+    fn supervise(self: &Arc<Self>) {
         loop {
             let (received, acked) = {
                 let state = self.lock();
@@ -221,7 +221,7 @@ impl Relay {
         }
     }
 
-    fn run_link(&self, stream: TcpStream) -> io::Result<()> {
+    fn run_link(self: &Arc<Self>, stream: TcpStream) -> io::Result<()> {
         let mut from = BufReader::new(stream.try_clone()?);
         stream.set_read_timeout(Some(SETTLE_WITHIN))?;
         let resume: StreamFrame = frame::read(&mut from)?;
@@ -275,7 +275,7 @@ impl Relay {
     }
 
     /// Acts on one frame; `false`: the relay is over.
-    fn frame(&self, message: StreamFrame) -> io::Result<bool> {
+    fn frame(self: &Arc<Self>, message: StreamFrame) -> io::Result<bool> {
         match message {
             StreamFrame::Data(bytes) => {
                 self.lock().received += bytes.len() as u64;
@@ -338,11 +338,20 @@ impl Relay {
         Ok(())
     }
 
-    fn input_has_left(&self) {
-        match self.stream.stream {
-            // Others may still write to the terminal.
-            StreamKind::Tty => self.port().release_input(),
-            StreamKind::Stdin | StreamKind::Stdout | StreamKind::Stderr => self.close(),
+    /// Others may still write to the terminal, or have the pipe open: a child that stayed here, say, with which it may move
+    /// yet.
+    fn input_has_left(self: &Arc<Self>) {
+        self.port().release_input();
+        if self.stream.stream == StreamKind::Stdin {
+            let relay = self.clone();
+            let watch = move || {
+                if relay.port().await_no_readers() {
+                    relay.close();
+                }
+            };
+            if let Err(e) = thread::Builder::new().name("relay unused".into()).spawn(watch) {
+                tracing::warn!("a stream of a run stays open: {e}");
+            }
         }
     }
 
