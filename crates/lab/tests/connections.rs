@@ -212,7 +212,7 @@ fn redis_counts_exactly_while_it_goes_round() {
             lab.node("client").exec(&[&words[..], &["incr", "counter"]].concat())
         });
         let mut moves = 0;
-        for node in JOURNEY.iter().cycle() {
+        for node in ["n2", "n3", "n1"].iter().cycle() {
             if load.is_finished() {
                 break;
             }

@@ -43,7 +43,7 @@ fn refused(name: &str, order: &str, words: &[&str]) {
 fn a_socket_is_refused_by_its_number() {
     refused(
         "socket",
-        "s = socket.socketpair()[0]; os.dup2(s.fileno(), 77)",
+        "s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW); os.dup2(s.fileno(), 77)",
         &["77", "socket"],
     );
 }
@@ -65,7 +65,7 @@ fn shared_memory_is_refused() {
 #[test]
 fn an_obstacle_that_is_removed_is_none_any_more() {
     let (lab, _workshop, mut program) = one("removed");
-    program.ask("s = socket.socket()");
+    program.ask("s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)");
     assert!(matches!(
         lab.move_as(request(program.pid, "n2")),
         Err(NotMoved::Refused(_))
