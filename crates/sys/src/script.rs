@@ -31,10 +31,12 @@ std::arch::global_asm!(
     "   mov r10, [rbx + 32]",
     "   mov r8, [rbx + 40]",
     "   mov r9, [rbx + 48]",
+    // r14: the record's marks. A child that shares this memory may run when the next script is already there.
+    "   mov r14d, dword ptr [rbx + 4]",
     "   syscall",
     "   test rax, rax",
     "   jnz 3f",
-    "   test dword ptr [rbx + 4], 2",
+    "   test r14d, 2",
     "   jnz dunlin_script_park",
     "3: mov [rbx + 56], rax",
     "   cmp rax, -4095",

@@ -21,7 +21,7 @@ use rustix::fs::OFlags;
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
@@ -114,7 +114,7 @@ impl Blank {
             )])
         })?;
         surrogate::secure(&thread, host).during(pid, "securing its entry")?;
-        let thread = start_anew(pid, host, thread, clock_offsets_ns, kit)?;
+        let (thread, exe) = start_anew(pid, host, thread, clock_offsets_ns, exe, kit)?;
         surrogate::secure(&thread, host).during(pid, "securing its entry")?;
         let ranges: Vec<(u64, u64)> = plan.image.space.mappings.iter().map(|m| (m.start, m.end)).collect();
         let (thread, foothold) = Foothold::plant(thread, host, &ranges).during(pid, "planting the loop")?;
@@ -161,13 +161,16 @@ impl Blank {
         for run in &plan.file_pages {
             blank.write_file_pages(run)?;
         }
-        let wanted = Wanted {
-            fd: exe,
-            number: EXE,
-            close_on_exec: true,
-        };
-        install(pid, pid, blank.leader(), blank.foothold.syscall_at, vec![wanted], kit)?;
-        mappings::describe(&blank, &plan.image.space, Some(EXE))?;
+        let number = exe.is_some().then_some(EXE);
+        if let Some(fd) = exe {
+            let wanted = Wanted {
+                fd,
+                number: EXE,
+                close_on_exec: true,
+            };
+            install(pid, pid, blank.leader(), blank.foothold.syscall_at, vec![wanted], kit)?;
+        }
+        mappings::describe(&blank, &plan.image.space, number)?;
         descriptors::install_all(&mut blank, &plan.image.files, kit)?;
         signals::set_actions(&blank, None, &plan.image.signals.actions)?;
         traits::set(&blank, &plan.image.traits, &plan.image.seccomp, kit)?;
@@ -411,14 +414,21 @@ fn stop_at_rest(mut running: Running) -> Result<Stopped, TraceError> {
 }
 
 /// Has the entry execute the surrogate program anew: the address space is its own then, its clocks can be set, and should
-/// this daemon die before the loop is there, it is a surrogate again by itself.
+/// this daemon die before the loop is there, it is a surrogate again by itself. Hands `exe` back, which the entry is to
+/// be given.
+///
+/// An entry of an ordinary user may not be given another program (PR_SET_MM_MAP of prctl(2)): it executes it, though none
+/// of it runs. If this daemon dies in that moment, so does the entry, with the move.
 fn start_anew(
     pid: Pid,
     host: i32,
     thread: Stopped,
     clock_offsets_ns: [(i64, i64); 2],
+    exe: OwnedFd,
     kit: &mut Kit<'_>,
-) -> Result<Stopped, RestoreError> {
+) -> Result<(Stopped, Option<OwnedFd>), RestoreError> {
+    /// CAP_SYS_ADMIN, CAP_CHECKPOINT_RESTORE.
+    const MAY_BE_GIVEN: u64 = 1 << 21 | 1 << 40;
     let dir = ProcDir::process(host);
     let at = borrowed_syscall(pid, &dir)?;
     // Real, effective or saved root: be root again for the restore; the credentials come last.
@@ -429,10 +439,14 @@ fn start_anew(
         .inject(at, SYS_CLOSE_RANGE, [0, u64::from(u32::MAX), 0, 0, 0, 0])
         .during(pid, "closing descriptors")?;
     let thread = set_clocks(pid, &dir, thread, at, clock_offsets_ns)?;
-    let program = kit
-        .surrogate
-        .try_clone_to_owned()
-        .during(pid, "executing its program")?;
+    let effective = dir.status().during(pid, "reading its capabilities")?.capabilities[2];
+    let (program, exe) = match effective & MAY_BE_GIVEN {
+        0 => (exe, None),
+        _ => {
+            let surrogate = kit.surrogate.try_clone_to_owned();
+            (surrogate.during(pid, "executing its program")?, Some(exe))
+        }
+    };
     let thread = install(
         pid,
         pid,
@@ -463,7 +477,7 @@ fn start_anew(
         .during(pid, "executing the program")?;
     executed.during(pid, "executing the program")?;
     thread.set_signal_mask(SCRIPT_MASK).during(pid, "blocking signals")?;
-    Ok(thread)
+    Ok((thread, exe))
 }
 
 /// Gives the blank a time namespace of its own, entered by the exec, if its clocks would not go on where the process's
