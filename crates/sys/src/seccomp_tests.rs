@@ -100,7 +100,10 @@ fn only_foreign_pids_are_notified() {
 
 #[test]
 fn everything_else_is_decided_by_its_number_alone() {
-    let listed = |n: u32| CLONES.iter().chain(&PID_CALLS).any(|(nr, _)| *nr as u32 == n) || n == IO_URING_SETUP;
+    let listed = |n: u32| {
+        let tasks = CLONES.iter().chain(&PID_CALLS).map(|(nr, _)| *nr);
+        tasks.chain(PORT_CALLS).any(|nr| nr as u32 == n) || n == IO_URING_SETUP
+    };
     for nr in (0..600).filter(|n| !listed(*n)) {
         assert_eq!(run(ARCH_X86_64, nr, [132; 6]), (RET_ALLOW, false), "call {nr}");
     }

@@ -79,9 +79,14 @@ impl Node {
     /// It arrived, and the table here has not learned that yet: nobody knows who is to be told.
     fn is_told_later(&self, pid: Pid) -> bool {
         let Some(daemon) = &self.daemon else { return true };
-        let known = daemon.home.table().incarnation(pid);
+        let table = daemon.home.table();
+        let learned = |arrived| match table.entry(pid) {
+            Some(entry) => entry.incarnation >= arrived,
+            // Without an entry this is the incarnation of the PID's next life.
+            None => table.incarnation(pid) > arrived,
+        };
         let mut members = self.destination_records.values().flat_map(|record| &record.members);
-        members.any(|m| m.pid == pid && m.incarnation.after_commit() > known)
+        members.any(|m| m.pid == pid && !learned(m.incarnation.after_commit()))
     }
 
     fn tell_end(&mut self, w: &mut Shared, pid: Pid, task: &Task) -> Result<(), Stop> {

@@ -348,7 +348,7 @@ mod tests {
             assert!(bytes.starts_with(b"onetwowith\x07"));
             let with = all.iter().find(|w| !w.descriptors.is_empty()).unwrap();
             assert!(
-                with.bytes.starts_with(b"with"),
+                with.bytes.ends_with(b"with"),
                 "{:?}",
                 String::from_utf8_lossy(&with.bytes)
             );
