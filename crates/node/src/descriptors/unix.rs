@@ -375,7 +375,8 @@ fn send_all(
     let passes = [near, far].map(|fd| unix::option(fd.as_fd(), SO_PASSCRED));
     let buffer = unix::option(far.as_fd(), SO_SNDBUF)?;
     let pass = |fd: &OwnedFd, value: u32| unix::set_option(fd.as_fd(), SO_PASSCRED, value);
-    (pass(near, 0)?, pass(far, 0)?);
+    pass(near, 0)?;
+    pass(far, 0)?;
     unix::set_option(far.as_fd(), SO_SNDBUFFORCE, ROOM)?;
     for message in queue {
         let fds = message
