@@ -196,7 +196,7 @@ impl Arriving {
             let made = self.made.get(&new.key).ok_or("a socket was not made")?;
             let differs = made.differs(new).map_err(|e| about(&made.socket)(e).to_string())?;
             if let Some(what) = differs {
-                return Err(about(&made.socket)(io::Error::other(format!("{what} differs"))).to_string());
+                return Err(about(&made.socket)(io::Error::other(what)).to_string());
             }
         }
         Ok(())
@@ -229,6 +229,10 @@ impl Arriving {
         let Ok(_) = spoken;
         self.ways = None;
     }
+}
+
+fn named(address: Option<SocketAddr>) -> String {
+    address.map_or_else(|| "none".to_owned(), |address| address.to_string())
 }
 
 /// A socket without what is in it.
@@ -317,19 +321,26 @@ impl Made {
     }
 
     /// What is not as it was, if anything.
-    fn differs(&self, new: &FrozenSocket) -> io::Result<Option<&'static str>> {
+    fn differs(&self, new: &FrozenSocket) -> io::Result<Option<String>> {
         let fd = self.fd.as_fd();
         let address = |any| SocketAddr::try_from(any).ok();
         let local = address(rustix::net::getsockname(fd)?).filter(|_| self.socket.local.is_some());
         if local != self.socket.local {
-            return Ok(Some("the address"));
+            let (is, was) = (named(local), named(self.socket.local));
+            return Ok(Some(format!("its address is {is}, where it was {was}")));
         }
         let wanted = settable(&self.socket.options);
         let now = options::read(fd, what(&self.socket), false);
-        let early = |option: &&options::SocketOption| options::is_early(option);
-        if let Some(option) = wanted.iter().filter(early).find(|option| !now.contains(option)) {
-            tracing::debug!(?option, "differs");
-            return Ok(Some("an option"));
+        let ip = local.map(|local| local.ip());
+        let seen = |option: &&options::SocketOption| options::is_seen_in_repair(option, ip);
+        if let Some(was) = wanted.iter().filter(seen).find(|option| !now.contains(option)) {
+            let is = now.iter().find(|is| (is.level, is.name) == (was.level, was.name));
+            let is = is.map_or_else(|| "not there".to_owned(), |is| format!("{:?}", is.value));
+            let (level, name) = (was.level, was.name);
+            return Ok(Some(format!(
+                "option {level}/{name} is {is}, where it was {:?}",
+                was.value
+            )));
         }
         match &new.state {
             SocketState::Connected(was) => {
@@ -343,7 +354,7 @@ impl Made {
                     window,
                     ..is
                 };
-                Ok((is != was).then_some("the connection"))
+                Ok((is != was).then(|| "the connection differs".to_owned()))
             }
             SocketState::Datagrams(was) => {
                 let is = dunlin_sys::socket::udp::queue(fd, self.socket.family == socket::FAMILY_V6)?;
@@ -352,9 +363,11 @@ impl Made {
                         .iter()
                         .zip(was)
                         .all(|(is, was)| (is.from, &is.bytes) == (was.from, &was.bytes));
-                Ok((!same).then_some("the queue"))
+                Ok((!same).then(|| "its queue differs".to_owned()))
             }
-            SocketState::Over { received } => Ok((tcp::unread(fd)? != *received).then_some("the queue")),
+            SocketState::Over { received } => {
+                Ok((tcp::unread(fd)? != *received).then(|| "its queue differs".to_owned()))
+            }
             SocketState::Idle | SocketState::Listening { .. } | SocketState::Opening { .. } => Ok(None),
         }
     }

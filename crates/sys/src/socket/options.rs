@@ -8,6 +8,7 @@ use super::{FAMILY_V6, STREAM, What, get, set};
 use crate::Errno;
 use serde::{Deserialize, Serialize};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 
 /// One option of a socket with its value, as getsockopt(2) gives it.
@@ -277,7 +278,7 @@ fn set_all(socket: BorrowedFd<'_>, options: &[SocketOption], when: When) -> io::
             let what = format!("socket option {}/{} does not travel", option.level, option.name);
             io::Error::new(io::ErrorKind::InvalidData, what)
         })?;
-        if known.when != when {
+        if known.when != when || is_default_segment(option) {
             continue;
         }
         let mut value = [0; MAX_VALUE];
@@ -302,10 +303,31 @@ pub fn is_early(option: &SocketOption) -> bool {
     known.is_some_and(|known| known.when == When::Early)
 }
 
-/// A window clamp of nothing is the kernel's own choice and cannot be set.
+/// Must a rebuilt socket that still waits in repair, and has this address, show it as the captured one did?
+///
+/// In repair the segment size is what the peer takes. A socket that is bound to one address of IPv6 is for IPv6 only; one
+/// that came by its address by connecting is not, but for that there is no difference.
+pub fn is_seen_in_repair(option: &SocketOption, local: Option<IpAddr>) -> bool {
+    let of_repair = option.level == TCP && option.name == libc::TCP_MAXSEG;
+    let of_address = is_only_six(option) && local.is_some_and(|ip| !ip.is_unspecified());
+    is_early(option) && !of_repair && !of_address
+}
+
+fn is_only_six(option: &SocketOption) -> bool {
+    option.level == IP6 && option.name == libc::IPV6_V6ONLY
+}
+
+/// The segment size of a socket that the program has said nothing about. It must not be set: that would limit it to this.
+fn is_default_segment(option: &SocketOption) -> bool {
+    const TCP_MSS_DEFAULT: i32 = 536;
+    option.level == TCP && option.name == libc::TCP_MAXSEG && option.value == TCP_MSS_DEFAULT.to_ne_bytes()
+}
+
+/// A window clamp of nothing is the kernel's own choice and cannot be set; nor can it be that a socket which has its address
+/// is for IPv6 only.
 fn is_about_nothing(option: &SocketOption, error: Errno) -> bool {
     let clamp = option.level == TCP && option.name == libc::TCP_WINDOW_CLAMP;
     // The own path's option is gone with its kernel module; what it tuned is not what the program sees.
     let foreign = option.level == TCP && option.name == libc::TCP_CONGESTION && error.0 == libc::ENOENT;
-    (clamp && error.0 == libc::EINVAL) || foreign
+    ((clamp || is_only_six(option)) && error.0 == libc::EINVAL) || foreign
 }
