@@ -107,7 +107,7 @@ enum Command {
     },
     /// Show which node has which socket: the table by which the gateway steers what comes from outside
     Gateway {
-        /// As JSON: {gateway, outside [address], entries [{proto, ip, port, peer, node, action, learned, epoch, packets,
+        /// As JSON: {gateway, outside: addresses, entries [{proto, ip, port, peer, node, action, learned, epoch, packets,
         /// bytes, idle_ms}]}; with --watch a line {change, entry} each
         #[arg(long)]
         json: bool,

@@ -466,7 +466,7 @@ impl Refresher<'_> {
                 write: false,
                 capacity,
                 bytes,
-            } if self.pipes.insert(*pipe) => *bytes = pipe::peek(look.host, look.glimpse.number, *capacity)?,
+            } if self.pipes.insert(*pipe) => (*capacity, *bytes) = pipe::peek(look.host, look.glimpse.number)?,
             kind @ DescriptionKind::Timer(_) => {
                 let DescriptionKind::Timer(before) = &kind else {
                     return Ok(Ok(()));

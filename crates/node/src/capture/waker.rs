@@ -1,6 +1,6 @@
 //! Ends timed calls that were begun anew, when the time is over that was left of them.
 //!
-//! A call that our stop has ended (see [`ended`](super::ended)) is made again with all of its time, which no one but the
+//! A call that our stop has ended (see [`super::ended`]) is made again with all of its time, which no one but the
 //! program may change: it is in the program's memory, or in a register that the program may look at again. So somebody
 //! else watches the clock: when the time is over and the thread is still in that very call, it is stopped once more and
 //! told that the time is over. Owns the clock and the one thread that does this. Invariants: a thread that has run since,

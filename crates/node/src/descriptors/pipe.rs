@@ -38,19 +38,21 @@ pub(crate) fn look(look: &Look<'_>) -> Found {
     }))
 }
 
-/// The bytes in a pipe, which stay there: by a reading end.
-pub(crate) fn peek(host: i32, number: i32, capacity: u32) -> io::Result<Vec<u8>> {
+/// The bytes in a pipe, which stay there, and how many it holds now: by a reading end. Since the plan it may have grown, for
+/// a write that our stop has cut short.
+pub(crate) fn peek(host: i32, number: i32) -> io::Result<(u32, Vec<u8>)> {
     let original = take_descriptor(host, number)?;
+    let capacity = fcntl_getpipe_size(&original)?;
     let (copy_out, copy_in) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-    fcntl_setpipe_size(&copy_in, capacity as usize)?;
-    match tee(&original, &copy_in, capacity as usize, SpliceFlags::NONBLOCK) {
+    fcntl_setpipe_size(&copy_in, capacity)?;
+    match tee(&original, &copy_in, capacity, SpliceFlags::NONBLOCK) {
         Ok(_) | Err(rustix::io::Errno::AGAIN) => {}
         Err(error) => return Err(error.into()),
     }
     drop(copy_in);
     let mut bytes = Vec::new();
     std::fs::File::from(copy_out).read_to_end(&mut bytes)?;
-    Ok(bytes)
+    Ok((capacity as u32, bytes))
 }
 
 /// One end of a pipe, which is made with the first end that is asked for.
