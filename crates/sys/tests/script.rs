@@ -189,9 +189,16 @@ fn a_thread_whose_tracer_dies_in_an_injected_call_spins_and_can_be_put_back() {
     })
     .join()
     .unwrap();
-    asleep("running");
-    let (thread, _) = Running::seize(pid, Options::default()).unwrap().stop(soon()).unwrap();
-    let held = Refuge::escaped(&thread, pid).unwrap().unwrap();
+    // It runs from the moment in which it is let go; in the refuge it is when the call is over.
+    let deadline = soon();
+    let (thread, held) = loop {
+        let (thread, _) = Running::seize(pid, Options::default()).unwrap().stop(soon()).unwrap();
+        if let Some(held) = Refuge::escaped(&thread, pid).unwrap() {
+            break (thread, held);
+        }
+        assert!(Instant::now() < deadline, "it is not in its refuge");
+        thread.detach(0).unwrap();
+    };
     assert_eq!((held.mask, held.words()), (before.mask, before.words()));
     thread.set_registers(&held.registers).unwrap();
     thread.set_signal_mask(held.mask).unwrap();
