@@ -59,11 +59,14 @@ pub fn new_network() -> io::Result<OwnedFd> {
 /// Does something in a network namespace, on a thread of its own.
 pub fn in_network<T: Send>(namespace: BorrowedFd<'_>, act: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     std::thread::scope(|scope| {
-        let worker = scope.spawn(|| {
+        let there = move || {
             let kind = rustix::thread::LinkNameSpaceType::Network;
             rustix::thread::move_into_link_name_space(namespace, Some(kind))?;
             act()
-        });
+        };
+        let worker = std::thread::Builder::new()
+            .name("in network".into())
+            .spawn_scoped(scope, there)?;
         worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }

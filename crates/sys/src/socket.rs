@@ -74,16 +74,7 @@ pub fn owner(socket: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
 
 /// Runs `work` on a thread that is in the network namespace of the given file (`/proc/PID/ns/net`).
 pub fn in_network<T: Send>(network: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> io::Result<T> {
-    std::thread::scope(|scope| {
-        let there = move || -> io::Result<T> {
-            rustix::thread::move_into_link_name_space(network, Some(rustix::thread::LinkNameSpaceType::Network))?;
-            Ok(work())
-        };
-        let thread = std::thread::Builder::new()
-            .name("in network".into())
-            .spawn_scoped(scope, there)?;
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
+    crate::namespace::in_network(network, || Ok(work()))
 }
 
 /// Puts the calling thread into a network namespace of its own, with the loopback device up.
