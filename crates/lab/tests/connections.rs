@@ -6,10 +6,8 @@ use dunlin_lab::harness::Run;
 use dunlin_lab::{Lab, Options};
 use dunlin_proto::ids::Pid;
 use support::obedient::Obedient;
-use support::outside::Outside;
+use support::outside::{Outside, PYTHON, addresses, hears_more, nothing_was_broken};
 use support::{JOURNEY, program};
-
-const PYTHON: &str = "/usr/bin/python3";
 
 fn stream() -> String {
     program("stream.py").to_str().unwrap().to_owned()
@@ -19,34 +17,6 @@ fn echo(lab: &Lab, port: &str) -> Run {
     let run = lab.node("n1").run(&[PYTHON, &stream(), "echo", port]);
     run.until_says("ready");
     run
-}
-
-/// Waits until a client has heard something new, twice: the second was sent after this was called.
-fn hears_more(client: &mut Outside) {
-    for _ in 0..2 {
-        let line = client.line();
-        assert!(line.starts_with("heard"), "{line}");
-    }
-}
-
-fn addresses(lab: &Lab) -> [String; 2] {
-    let outside = lab.layout().outside();
-    [outside.0.to_string(), outside.1.to_string()]
-}
-
-/// What TCP counts at the outside host that must not be.
-#[track_caller]
-fn nothing_was_broken(lab: &Lab) {
-    let output = lab.node("client").exec(&[PYTHON, &stream(), "counters"]);
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    eprintln!("{text}");
-    for count in ["EstabResets", "PAWSEstab", "TCPAbortOnTimeout", "InErrs"] {
-        let line = text
-            .lines()
-            .find(|line| line.starts_with(count))
-            .expect("it is counted");
-        assert_eq!(line, format!("{count} 0"));
-    }
 }
 
 /// Moves a server on when its clients, which have heard from it where it is, go on.

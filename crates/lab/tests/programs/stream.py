@@ -1,9 +1,8 @@
 """Long conversations whose every byte is checked. Uses nothing but the standard library.
 
   echo PORT [ADDRESS]          TCP and UDP on PORT: what comes is sent back
-  talk ADDRESS PORT COUNT      COUNT connections, each sends without waiting for answers and checks what comes back, until a line
-                               comes in on standard input; prints "heard BYTES" now and then, and at last
-                               "BYTES same|DIFFERENT|error, longest silence N ms"
+  talk ADDRESS PORT COUNT      COUNT connections, each sends without waiting for answers and checks what comes back, until
+                               they are told to end (told.py); at last "BYTES same|DIFFERENT|error, longest silence N ms"
   ask ADDRESS PORT             the same with datagrams, one at a time; lost ones are asked again
   counters                     prints what TCP has counted in this network: timeouts, resets
 """
@@ -13,6 +12,8 @@ import socket
 import sys
 import threading
 import time
+
+import told
 
 WINDOW = 1 << 18
 
@@ -54,7 +55,7 @@ class Talk(threading.Thread):
         self.socket = socket.socket(family(address))
         self.socket.connect((address, port))
         self.seed, self.heard, self.silence, self.bad = seed, 0, 0.0, None
-        self.sent, self.ended, self.moved = 0, False, threading.Condition()
+        self.said, self.ended, self.moved = 0, False, threading.Condition()
 
     def run(self):
         threading.Thread(target=self.speak, daemon=True).start()
@@ -81,7 +82,7 @@ class Talk(threading.Thread):
         try:
             while True:
                 with self.moved:
-                    while self.sent - self.heard > WINDOW and not self.ended and self.bad is None:
+                    while self.said - self.heard > WINDOW and not self.ended and self.bad is None:
                         self.moved.wait(1)
                     if self.ended or self.bad is not None:
                         break
@@ -91,7 +92,7 @@ class Talk(threading.Thread):
                 self.socket.sendall(ready[:size])
                 ready = ready[size:]
                 with self.moved:
-                    self.sent += size
+                    self.said += size
             self.socket.shutdown(socket.SHUT_WR)
         except OSError as error:
             self.bad = self.bad or str(error)
@@ -101,44 +102,55 @@ def talk(address, port, count):
     talks = [Talk(address, port, seed) for seed in range(1, count + 1)]
     for one in talks:
         one.start()
-    stop = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.readline(), stop.set()), daemon=True).start()
-    least = 0
-    while not stop.wait(0.02):
-        now = min(one.heard for one in talks)
-        if now > least or any(one.bad for one in talks):
-            least = now
-            print("heard", now, flush=True)
+    told.obey(talks)
     for one in talks:
         with one.moved:
             one.ended = True
             one.moved.notify()
     for one in talks:
         one.join(60)
-    bad = [one.bad or "unfinished" for one in talks if one.bad or one.is_alive() or one.heard != one.sent]
+    bad = [one.bad or "unfinished" for one in talks if one.bad or one.is_alive() or one.heard != one.said]
     total, silence = sum(one.heard for one in talks), max(one.silence for one in talks)
     print(f"{total} {bad[0] if bad else 'same'}, longest silence {silence * 1000:.1f} ms", flush=True)
 
 
-def ask(address, port):
-    s = socket.socket(family(address), socket.SOCK_DGRAM)
-    s.connect((address, port))
-    s.settimeout(0.5)
-    stop = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.readline(), stop.set()), daemon=True).start()
-    count, lost = 0, 0
-    while not stop.is_set():
-        word = f"{count} ".encode() * random.Random(count).choice((1, 100, 900))
-        s.send(word)
+class Ask(threading.Thread):
+    """Datagrams, one after the other has come back."""
+
+    def __init__(self, address, port):
+        super().__init__(daemon=True)
+        self.socket = socket.socket(family(address), socket.SOCK_DGRAM)
+        self.socket.connect((address, port))
+        self.socket.settimeout(0.5)
+        self.said, self.heard, self.lost, self.bad, self.ended = 0, 0, 0, None, False
+
+    def run(self):
         try:
-            while s.recv(65536) != word:
-                pass
-            count += 1
-        except TimeoutError:
-            lost += 1
-        if count % 50 == 0:
-            print("heard", count, flush=True)
-    print(f"{count} answered, {lost} lost", flush=True)
+            while not self.ended:
+                self.said += 1
+                self.round(f"{self.said} ".encode() * random.Random(self.said).choice((1, 100, 900)))
+                self.heard += 1
+        except OSError as error:
+            self.bad = str(error)
+
+    def round(self, word):
+        while True:
+            self.socket.send(word)
+            try:
+                while self.socket.recv(65536) != word:
+                    pass
+                return
+            except TimeoutError:
+                self.lost += 1
+
+
+def ask(address, port):
+    one = Ask(address, port)
+    one.start()
+    told.obey([one])
+    one.ended = True
+    one.join(60)
+    print(one.bad or f"{one.heard} answered, {one.lost} lost", flush=True)
 
 
 def counters():
