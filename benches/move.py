@@ -12,17 +12,15 @@
 Durations are medians. `quick` takes fewer samples and leaves out the largest sizes. Exit code: 0 if nothing broke
 (a missed goal is a figure, not a failure), 1 otherwise.
 """
-import argparse
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from statistics import median, quantiles
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from drive.lab import Broken, Lab
-from drive.report import HEADER, as_json, broken, row, table_line
+from drive.bench import main
+from drive.lab import Broken
+from drive.report import row
 
 PEER = Path(__file__).resolve().parent / "peer"
 ROUND = ["n2", "n3", "n1"]
@@ -283,43 +281,5 @@ def crowd(lab, quick):
                   f"essence {median(r['essence_bytes'] for r in reports) / 1024:.0f} KiB")
 
 
-POINTS = {f.__name__: f for f in (gap, fault, drain, sweep, nest, lost, crowd)}
-
-
-def machine():
-    """What the figures were taken on."""
-    return {"kernel": platform.release(), "cpus": os.cpu_count(), "load": os.getloadavg()[0],
-            "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20}
-
-
-def main():
-    parser = argparse.ArgumentParser(prog="scripts/bench move", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dunlin", required=True, help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true", help="all figures as JSON on standard output, progress on standard error")
-    parser.add_argument("--quick", action="store_true", help="fewer samples, no large sizes")
-    parser.add_argument("--only", default=",".join(POINTS), help="points, separated by commas (default: all)")
-    arguments = parser.parse_args()
-    unknown = set(arguments.only.split(",")) - set(POINTS)
-    if unknown:
-        parser.error(f"no point {', '.join(sorted(unknown))}; there are {', '.join(POINTS)}")
-    out, rows, about = sys.stderr if arguments.json else sys.stdout, [], machine()
-    print(f"kernel {about['kernel']}, {about['cpus']} CPUs, {about['memory_mib']} MiB, load {about['load']:.2f}\n{HEADER}", file=out, flush=True)
-    for name in arguments.only.split(","):
-        try:
-            with Lab(arguments.dunlin) as lab:
-                for made in POINTS[name](lab, arguments.quick):
-                    rows.append(made)
-                    print(table_line(made), file=out, flush=True)
-        except (Broken, subprocess.CalledProcessError, KeyError, TypeError, ValueError) as e:
-            rows.append(broken(name, f"{type(e).__name__}: {e}"))
-            print(table_line(rows[-1]), file=out, flush=True)
-    if arguments.json:
-        print(as_json(about, rows))
-    sys.exit(any(r.verdict == "broken" for r in rows))
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main("move", __doc__, (gap, fault, drain, sweep, nest, lost, crowd))

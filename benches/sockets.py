@@ -5,31 +5,25 @@
               same devices; each less what the same datagram costs that is dropped where it comes in
     through   one TCP stream from the outside host through the gateway, against plain routing and conntrack with DNAT
     inside    TCP round trips over the inside address, on one node and between two, against one plain pair of devices
+    redis     redis-benchmark on the outside host while redis goes round, against the same without moves
+    many      the freeze of a process with 1 GiB and 1,000 connections
 
 Durations are medians of medians. Exit code: 0 if nothing broke (a missed goal is a figure, not a failure), 1 otherwise.
 """
-import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from drive.lab import Broken, Lab
-from drive.report import HEADER, as_json, broken, row, table_line
+from drive.bench import main
+from drive.outside import InNest, Server, addresses, again, client, run
+from drive.report import row
+from servers import many, redis
 
 SERVER, OUTSIDE = "10.255.1.2", "10.255.0.1"
-
-
-def run(*command, check=True, **more):
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **more)
-    if check and done.returncode:
-        raise Broken(f"{' '.join(map(str, command))}: exit {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
 
 
 class Plain:
@@ -82,57 +76,6 @@ class Plain:
             ip daddr {OUTSIDE} dnat ip to meta l4proto . th dport map @to
         }}
     }}\n"""
-
-
-class Server:
-    """A program that says when it is ready, and ends with the block."""
-
-    def __init__(self, command, wait=True):
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        if wait and "ready" not in self.process.stdout.readline():
-            raise Broken(f"{' '.join(command)} did not become ready")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.terminate()
-        self.process.wait()
-
-
-class InNest:
-    """A program in a nest, until the block ends."""
-
-    def __init__(self, lab, node, *command):
-        self.lab, self.pid = lab, lab.call("run", "-d", "--", *map(str, command), node=node).strip()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.lab.call("kill", "-s", "KILL", self.pid, check=False)
-        self.lab.call("wait", self.pid, check=False)
-
-
-def addresses(lab):
-    status = json.loads(lab.command("lab", "status", "--name", lab.name, "--json"))
-    return status["outside_address"], status["inside_address"]
-
-
-def client(lab, *command, **more):
-    return run(lab.dunlin, "lab", "exec", "client", "--name", lab.name, "--", *command, **more)
-
-
-def again(attempt, what):
-    """A listening socket is known to the other nodes a moment after it listens."""
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            return attempt()
-        except Broken as e:
-            if time.monotonic() > deadline:
-                raise Broken(f"{what}: {e}") from None
-            time.sleep(0.1)
 
 
 def packet(lab, quick):
@@ -196,38 +139,5 @@ def inside(lab, quick):
         yield row("inside", f"round trip p99, {name}", "µs", p99[name], against="plain veth", reference=median(p99["veth"]))
 
 
-POINTS = {"packet": packet, "through": through, "inside": inside}
-
-
-def main():
-    parser = argparse.ArgumentParser(prog="scripts/bench sockets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dunlin", required=True, help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true", help="all figures as JSON on standard output, progress on standard error")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter samples")
-    parser.add_argument("--only", default=",".join(POINTS), help="points, separated by commas (default: all)")
-    arguments = parser.parse_args()
-    unknown = set(arguments.only.split(",")) - set(POINTS)
-    if unknown:
-        parser.error(f"no point {', '.join(sorted(unknown))}; there are {', '.join(POINTS)}")
-    about = {"kernel": platform.release(), "cpus": os.cpu_count(), "load": os.getloadavg()[0]}
-    out, rows = sys.stderr if arguments.json else sys.stdout, []
-    print(f"kernel {about['kernel']}, {about['cpus']} CPUs, load {about['load']:.2f}\n{HEADER}", file=out, flush=True)
-    with Lab(arguments.dunlin) as lab:
-        for name in arguments.only.split(","):
-            try:
-                for made in POINTS[name](lab, arguments.quick):
-                    rows.append(made)
-                    print(table_line(made), file=out, flush=True)
-            except (Broken, KeyError, ValueError) as e:
-                rows.append(broken(name, f"{type(e).__name__}: {e}"))
-                print(table_line(rows[-1]), file=out, flush=True)
-    if arguments.json:
-        print(as_json(about, rows))
-    sys.exit(any(r.verdict == "broken" for r in rows))
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main("sockets", __doc__, (packet, through, inside, redis, many))
