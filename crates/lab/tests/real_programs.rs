@@ -108,9 +108,17 @@ fn sqlite_in_a_loop_of_transactions() {
 #[test]
 fn a_pipeline_of_bash_as_a_tree() {
     let workshop = Workshop::new("bash");
-    let script = "for i in 1 2 3 4 5 6; do \
+    let script = "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do \
         seq 1 400000 | awk -v i=$i '{ s = (s * 31 + $1 + i) % 1000003; print s }' | sort -n | tail -n 5000 | md5sum; done";
     same_when_moved(&workshop, "bash", &["bash", "-c", script], true, &[]);
+}
+
+/// There is always a child that was forked since anybody looked.
+#[test]
+fn a_shell_that_forks_all_the_while() {
+    let workshop = Workshop::new("forks");
+    let script = "n=0; for i in $(seq 1200); do n=$((n + $(echo $i | cat | sed s/^/1/))); done; echo $n";
+    same_when_moved(&workshop, "forks", &["bash", "-c", script], true, &[]);
 }
 
 #[test]

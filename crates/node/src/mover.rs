@@ -25,6 +25,7 @@ mod records;
 mod recover;
 mod relatives;
 mod second_hand;
+mod still;
 mod survivors;
 
 pub use outgoing::{MoveOutcome, Report, Reporter};

@@ -23,6 +23,7 @@ use std::path::PathBuf;
 
 const O_CLOEXEC: u32 = 0o2_000_000;
 const O_ASYNC: u32 = 0o20_000;
+const O_ACCMODE: u32 = 0o3;
 
 /// One descriptor as /proc shows it: cheap to read, and enough to see whether anything changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,7 +62,8 @@ impl Glimpse {
             let line = glimpse.steady.lines().find(|line| line.starts_with(NUMBERED));
             line.map(str::to_owned)
         };
-        self.link == other.link && id(self) == id(other)
+        let access = |glimpse: &Glimpse| glimpse.info.flags & O_ACCMODE;
+        self.link == other.link && access(self) == access(other) && id(self) == id(other)
     }
 }
 
@@ -241,6 +243,30 @@ impl Owner<'_> {
     }
 }
 
+/// What was described before the freeze, and is as it was, may have come since to a process that was forked meanwhile and
+/// stays: asked of all that a process may share.
+pub fn shared_since(
+    owner: &Owner<'_>,
+    glimpses: &[Glimpse],
+    files: &Files,
+    obstacles: &mut Vec<Obstacle>,
+) -> io::Result<()> {
+    let dir = ProcDir::process(owner.host);
+    for descriptor in &files.table {
+        let Ok(at) = glimpses.binary_search_by_key(&descriptor.number, |g| g.number) else {
+            continue;
+        };
+        let look = owner.look(&dir, &glimpses[at]);
+        let refusal = match &files.descriptions[descriptor.description as usize].kind {
+            DescriptionKind::Pipe { .. } => pipe::shared(&look)?,
+            DescriptionKind::Socket(_) => shared_socket(&look)?,
+            _ => None,
+        };
+        obstacles.extend(refusal.map(|obstacle| *obstacle));
+    }
+    Ok(())
+}
+
 /// What a descriptor is that is as it was.
 fn unchanged<'a>(glimpse: &Glimpse, glimpses: &[Glimpse], files: &'a Files) -> Option<&'a DescriptionKind> {
     let at = glimpses.binary_search_by_key(&glimpse.number, |g| g.number).ok()?;
@@ -301,17 +327,27 @@ fn describe(look: &Look<'_>) -> Found {
 /// A socket of the Internet families, or of one that does not move.
 fn internet(look: &Look<'_>) -> Found {
     match sockets::look::look(look.host, look.take()?.as_fd(), look.around.inside)? {
-        Some(Ok(_)) if look.around.shared_outside(look.host, &look.link())? => look.refuse(
-            "a process that stays here has the same socket",
-            "move the tree (--tree), which shares it",
-        ),
-        Some(Ok(socket)) => Ok(Ok(DescriptionKind::Socket(Box::new(socket)))),
+        Some(Ok(socket)) => match shared_socket(look)? {
+            Some(refusal) => Ok(Err(refusal)),
+            None => Ok(Ok(DescriptionKind::Socket(Box::new(socket)))),
+        },
         Some(Err(reason)) => look.refuse(&reason.why, reason.hint),
         None => look.refuse(
             "sockets of this family cannot be moved yet",
             "close the connection, or keep the process on this node",
         ),
     }
+}
+
+fn shared_socket(look: &Look<'_>) -> io::Result<Option<Refusal>> {
+    if !look.around.shared_outside(look.host, &look.link())? {
+        return Ok(None);
+    }
+    let refused = look.refuse::<()>(
+        "a process that stays here has the same socket",
+        "move the tree (--tree), which shares it",
+    )?;
+    Ok(refused.err())
 }
 
 /// Finds out what an epoll set watches: mostly it is what has the number under which it was added; otherwise it is looked

@@ -309,9 +309,6 @@ impl Frozen {
         let leaders = images.first().map_or(&[][..], |image| &image.pending);
         let number = |info: &Vec<u8>| info.first_chunk::<4>().map(|word| i32::from_le_bytes(*word));
         self.pending = leaders.iter().chain(&signals.pending).filter_map(number).collect();
-        for child in child_hosts(&self.source.dir)? {
-            around.meet(child);
-        }
         // One that is pending has taken effect: the process goes on when it may run.
         self.stopped_by = stopped_by.filter(|_| !self.pending.contains(&SIGCONT));
         let mut obstacles = Vec::new();
@@ -339,6 +336,14 @@ impl Frozen {
             threads: images,
             clocks_ns,
         })
+    }
+
+    /// Makes its children known: those that it forked since anybody looked stay here, with what they hold.
+    pub fn introduce(&self, around: &Surroundings<'_>) -> io::Result<()> {
+        child_hosts(&self.source.dir)?
+            .into_iter()
+            .for_each(|child| around.meet(child));
+        Ok(())
     }
 
     /// A call that is made again has ended with EINTR all the same if a signal for its thread has come meanwhile.
@@ -440,6 +445,7 @@ impl Frozen {
         let planned = &source.plan.image.files;
         let same = glimpses == source.glimpses;
         if same && !descriptors::is_volatile(planned) {
+            descriptors::shared_since(&owner, &glimpses, planned, obstacles)?;
             return Ok(None);
         }
         let mut files = if same {
@@ -449,6 +455,7 @@ impl Frozen {
             descriptors::read(&owner, &glimpses, before, met, obstacles)?
         };
         descriptors::refresh(&owner, &glimpses, &mut files, met, obstacles)?;
+        descriptors::shared_since(&owner, &glimpses, &files, obstacles)?;
         source.glimpses = glimpses;
         if files == source.plan.image.files {
             return Ok(None);
@@ -850,7 +857,7 @@ fn children(dir: &ProcDir, along: &BTreeMap<Pid, bool>) -> Result<Vec<Child>, Ca
 }
 
 /// The children of a process: their numbers on this machine.
-fn child_hosts(dir: &ProcDir) -> Result<Vec<i32>, CaptureError> {
+fn child_hosts(dir: &ProcDir) -> io::Result<Vec<i32>> {
     let mut hosts = Vec::new();
     for tid in dir.threads()? {
         let text = dir.text(&format!("task/{tid}/children"))?;

@@ -127,9 +127,7 @@ impl<'a> Surroundings<'a> {
             .iter()
             .find(|(_, held)| held.iter().any(|(_, ino)| *ino == inode));
         if let Some((host, _)) = newly {
-            let status = ProcDir::process(*host).status();
-            let pid = status.ok().and_then(|status| status.ns_pids.last().copied());
-            return Ok(Some(Pid(pid.unwrap_or(0))));
+            return Ok(Some(number_of(*host)));
         }
         Ok(self
             .holders()
@@ -147,6 +145,13 @@ impl<'a> Surroundings<'a> {
             holders
         })
     }
+}
+
+/// Its number in the nest; 0 if it has ended.
+fn number_of(host: i32) -> Pid {
+    let status = ProcDir::process(host).status();
+    let pid = status.ok().and_then(|status| status.ns_pids.last().copied());
+    Pid(pid.unwrap_or(0))
 }
 
 /// What a process has open: devices and inodes. One that has ended meanwhile holds nothing.

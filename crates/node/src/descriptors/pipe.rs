@@ -2,7 +2,7 @@
 //!
 //! Their bytes travel inside the freeze, with the description of a reading end, and are copied without being taken out.
 
-use super::{Found, Look};
+use super::{Found, Look, Refusal};
 use crate::restore::Common;
 use dunlin_proto::image::DescriptionKind;
 use dunlin_sys::foothold::take_descriptor;
@@ -24,11 +24,8 @@ pub(crate) fn look(look: &Look<'_>) -> Found {
             "use an unnamed pipe inside a tree that moves as a whole (--tree)",
         );
     }
-    if let Some(other) = look.around.open_outside(inode)? {
-        return look.refuse(
-            &format!("process {other}, which stays here, has the pipe open"),
-            "move the whole pipeline (--tree on its shell)",
-        );
+    if let Some(refusal) = shared(look)? {
+        return Ok(Err(refusal));
     }
     Ok(Ok(DescriptionKind::Pipe {
         pipe: inode,
@@ -36,6 +33,19 @@ pub(crate) fn look(look: &Look<'_>) -> Found {
         capacity: fcntl_getpipe_size(&look.take()?)? as u32,
         bytes: Vec::new(),
     }))
+}
+
+/// Why it cannot move: a process that stays has the pipe, too.
+pub(crate) fn shared(look: &Look<'_>) -> io::Result<Option<Refusal>> {
+    let inode = std::fs::metadata(look.link())?.ino();
+    let Some(other) = look.around.open_outside(inode)? else {
+        return Ok(None);
+    };
+    let refused = look.refuse::<()>(
+        &format!("process {other}, which stays here, has the pipe open"),
+        "move the whole pipeline (--tree on its shell)",
+    )?;
+    Ok(refused.err())
 }
 
 /// The bytes in a pipe, which stay there, and how many it holds now: by a reading end. Since the plan it may have grown, for

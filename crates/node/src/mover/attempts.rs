@@ -2,18 +2,21 @@
 //!
 //! A program goes on while it is looked at: it closes the journal that was about to be looked for on the other node, a
 //! child of a tree ends, another one is forked. Owns the decision whether to ask again; refuses to know how a move is
-//! made. Invariants: what stays in the way is told after [`SAME`] attempts, what goes away by its nature ([`READING`]) after
+//! made. Those of a tree that comes and goes faster than it can be looked at are told to hold it still (see
+//! [`super::still`]) after [`RUNNING`] attempts. Invariants: what stays in the way is told after [`SAME`] attempts, what goes away by its nature ([`READING`]) after
 //! [`LONGEST`]; nothing is asked again after that; a node that does not answer is not asked again.
 
 use super::outgoing::MoveOutcome;
 use crate::obstacle::READING;
-use dunlin_proto::control::FailureKind;
+use dunlin_proto::control::{FailureKind, MoveMode, MoveRequest};
 use std::time::{Duration, Instant};
 
 /// After so many attempts in a row with the same outcome it is believed.
 const SAME: u32 = 6;
 /// How long attempts may go on.
 const LONGEST: Duration = Duration::from_secs(2);
+/// So many attempts look at a tree that runs.
+const RUNNING: u32 = 2;
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
@@ -23,6 +26,7 @@ pub(super) struct Attempts {
     pause: Duration,
     last: String,
     same: u32,
+    made: u32,
 }
 
 impl Attempts {
@@ -32,11 +36,18 @@ impl Attempts {
             pause: FIRST_PAUSE,
             last: String::new(),
             same: 0,
+            made: 0,
         }
+    }
+
+    /// Whether the next attempt is to stop the processes before it looks at them.
+    pub(super) fn hold_still(&self, request: &MoveRequest) -> bool {
+        request.tree && request.mode == MoveMode::Demand && self.made >= RUNNING
     }
 
     /// How long to wait before the next attempt; `None` if this outcome is the move's.
     pub(super) fn next(&mut self, outcome: &MoveOutcome) -> Option<Duration> {
+        self.made += 1;
         let words = match outcome {
             MoveOutcome::Moved(_) => return None,
             MoveOutcome::Failed(failure) if failure.kind != FailureKind::MoveFailed => return None,

@@ -27,12 +27,18 @@ impl Outgoing<'_> {
     pub(super) fn prepare_payload(&mut self) -> Result<Vec<u8>, CaptureError> {
         let ahead = self.request.mode != MoveMode::Demand;
         let mut processes = Vec::new();
+        for frozen in std::mem::take(&mut self.frozen) {
+            let image = self.new_image(frozen.source.pid);
+            processes.push(Prepared {
+                plan: frozen.source.plan.clone(),
+                image,
+                clock_offsets_ns: frozen.source.clock_offsets(),
+                ahead: false,
+            });
+            self.frozen.push(frozen);
+        }
         for mut source in std::mem::take(&mut self.sources) {
-            let image = ImageId {
-                holder: self.mover.here,
-                nonce: random(),
-            };
-            self.images.insert(source.pid, image);
+            let image = self.new_image(source.pid);
             processes.push(Prepared {
                 plan: source.plan.clone(),
                 image,
@@ -48,6 +54,15 @@ impl Outgoing<'_> {
             served?;
         }
         Ok(payload::encode(&Prepare { processes }))
+    }
+
+    fn new_image(&mut self, pid: Pid) -> ImageId {
+        let image = ImageId {
+            holder: self.mover.here,
+            nonce: random(),
+        };
+        self.images.insert(pid, image);
+        image
     }
 
     /// Serves the memory of a process, which may run.
@@ -101,36 +116,26 @@ impl Outgoing<'_> {
         let around = mover.surroundings(&identify, &self.party);
         around.look();
         self.met.begin();
-        // From here on what is sent to it would stay behind with the emptied process.
-        self.obeyed = self
-            .party
-            .iter()
-            .map(|(pid, _)| (*pid, mover.orders.close(*pid)))
-            .collect();
-        for (run, stream) in self.sources.iter().flat_map(Source::streams) {
-            mover.streams.settle(run, stream)?;
+        if !self.still {
+            self.close_orders()?;
         }
-        let planned = self.sources.iter().flat_map(sockets_of);
+        let stopped = self.frozen.iter().map(|frozen| &frozen.source);
+        let planned = stopped.chain(&self.sources).flat_map(sockets_of);
         let planned = planned.map(|(key, _, _, socket)| (key, socket.clone()));
         self.sockets
             .hold(&mover.edge, self.plan.move_id, planned)
             .map_err(LeaveError::from)?;
         let started = Instant::now();
-        let mut sources = std::mem::take(&mut self.sources).into_iter();
-        while let Some(source) = sources.next() {
-            match source.freeze() {
-                Ok(frozen) => {
-                    self.times.frozen.get_or_insert(frozen.since);
-                    self.frozen.push(frozen);
-                }
-                Err((source, error)) => {
-                    self.sources = std::iter::once(*source).chain(sources).collect();
-                    return Err(error);
-                }
-            }
-        }
+        self.stop_all()?;
         self.tight = true;
         let stopped = Instant::now();
+        // All before any is read: a child that was forked since the plan has what its brothers and sisters have.
+        for frozen in &self.frozen {
+            frozen.introduce(&around)?;
+        }
+        if self.request.tree {
+            self.refuse_newcomers()?;
+        }
         let mut processes = Vec::new();
         let mut members = Vec::new();
         let mut frozen_all = std::mem::take(&mut self.frozen);
@@ -177,6 +182,17 @@ impl Outgoing<'_> {
             "frozen"
         );
         Ok((members, payload))
+    }
+
+    /// From here on what is sent to it would stay behind with the emptied process.
+    pub(super) fn close_orders(&mut self) -> Result<(), CaptureError> {
+        for source in &self.sources {
+            self.obeyed.insert(source.pid, self.mover.orders.close(source.pid));
+        }
+        for (run, stream) in self.sources.iter().flat_map(Source::streams) {
+            self.mover.streams.settle(run, stream)?;
+        }
+        Ok(())
     }
 
     pub(super) fn capture(

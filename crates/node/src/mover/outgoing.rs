@@ -22,6 +22,7 @@ use dunlin_proto::control::{
     Failure, FailureKind, MoveMode, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, WaitFor,
 };
 use dunlin_proto::ids::{ImageId, MoveId, Pid};
+use dunlin_proto::image::Plan as ProcessPlan;
 use dunlin_proto::relocation::{Claim, LeaseRefusal};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -65,7 +66,8 @@ impl Mover {
                     let (mover, request) = (mover.clone(), request.clone());
                     let name = format!("move-{}", request.pid);
                     let thread = std::thread::Builder::new().name(name);
-                    let attempt = thread.spawn_scoped(scope, || Outgoing::run(mover, request, &sender));
+                    let (still, sender) = (attempts.hold_still(&request), &sender);
+                    let attempt = thread.spawn_scoped(scope, move || Outgoing::run(mover, request, still, sender));
                     attempt.map(|attempt| attempt.join())
                 });
                 let outcome = match attempt {
@@ -104,6 +106,8 @@ pub(super) struct Outgoing<'a> {
     pub(super) request: MoveRequest,
     pub(super) plan: Plan,
     pub(super) party: Vec<(Pid, i32)>,
+    /// It is stopped before it is looked at: see [`super::still`].
+    pub(super) still: bool,
     pub(super) met: Met,
     pub(super) sources: Vec<Source>,
     pub(super) frozen: Vec<Frozen>,
@@ -177,6 +181,7 @@ impl<'a> Outgoing<'a> {
             request,
             plan,
             party,
+            still: false,
             met: Met::default(),
             sources: Vec::new(),
             frozen: Vec::new(),
@@ -199,7 +204,7 @@ impl<'a> Outgoing<'a> {
         }
     }
 
-    fn run(mover: Arc<Mover>, request: MoveRequest, reporter: &'a Reporter) -> Result<(), MoveOutcome> {
+    fn run(mover: Arc<Mover>, request: MoveRequest, still: bool, reporter: &'a Reporter) -> Result<(), MoveOutcome> {
         let times = Times::start();
         let pid = request.pid;
         let to = mover.config.slot_of(&request.to).ok_or_else(|| {
@@ -233,6 +238,7 @@ impl<'a> Outgoing<'a> {
         };
         let mut this = Outgoing::new(mover.clone(), request, plan, party, reporter);
         this.times = times;
+        this.still = still;
         let outcome = this.go();
         mover.hand_over(std::mem::take(&mut this.withdrawn));
         lock(&mover.sources).remove(&id);
@@ -249,11 +255,17 @@ impl<'a> Outgoing<'a> {
         if watch {
             self.await_own_drain()?;
         }
-        self.sources = self.mover.prepare_sources(&self.party, &mut self.met, watch)?;
-        match self.mover.examine_there(&self.sources, self.plan.destination) {
+        self.sources = self.mover.prepare_sources(&mut self.party, 0, &mut self.met, watch)?;
+        if self.still
+            && let Err(outcome) = self.hold_still()
+        {
+            self.thaw();
+            return Err(outcome);
+        }
+        match self.mover.examine_there(self.plans(), self.plan.destination) {
             Ok(obstacles) if obstacles.is_empty() => {}
             refused => {
-                self.sources.drain(..).for_each(Source::abandon);
+                self.let_on();
                 return Err(match refused {
                     Ok(obstacles) => MoveOutcome::Refused(obstacles),
                     Err(failure) => MoveOutcome::Failed(failure),
@@ -270,7 +282,7 @@ impl<'a> Outgoing<'a> {
         };
         let proposal = payload::encode(&Proposal {
             pids: self.party.iter().map(|(pid, _)| *pid).collect(),
-            resident_bytes: self.sources.iter().map(|s| s.plan.resident_bytes).sum(),
+            resident_bytes: self.plans().map(|plan| plan.resident_bytes).sum(),
             cpu_features: super::incoming::cpu_features(),
         });
         let mut machine = SourceMove::start(self.mover.now(), self.plan, self.limits(), claims, proposal);
@@ -376,11 +388,9 @@ impl<'a> Outgoing<'a> {
     /// A record that cannot be made durable ends the thread as a crash would: what is parked waits for the next daemon.
     fn persist(&self, record: SourceRecord) -> Result<(), MoveOutcome> {
         let is_first = matches!(record.stage, SourceStage::Freezing(_));
-        let left = self
-            .left
-            .iter()
-            .cloned()
-            .chain(self.frozen.iter().map(|f| self.left_of(f)));
+        // What is stopped and not parked yet runs on if this daemon dies.
+        let parked = if is_first { &[][..] } else { &self.frozen[..] };
+        let left = self.left.iter().cloned().chain(parked.iter().map(|f| self.left_of(f)));
         let kept = KeptSource {
             left: left.collect(),
             record,
@@ -431,7 +441,7 @@ impl<'a> Outgoing<'a> {
                 for image in self.images.values() {
                     self.mover.images.remove(*image);
                 }
-                self.sources.drain(..).for_each(Source::abandon);
+                self.let_on();
                 let message = format!(
                     "process {} was not moved: {why}; it runs on {}",
                     self.request.pid, self.mover.config.name
@@ -472,6 +482,20 @@ impl<'a> Outgoing<'a> {
             }
         }
         Ok(())
+    }
+
+    /// What the destination is told of the members.
+    fn plans(&self) -> impl Iterator<Item = &ProcessPlan> {
+        let stopped = self.frozen.iter().map(|frozen| &frozen.source);
+        stopped.chain(&self.sources).map(|source| &source.plan)
+    }
+
+    /// Nobody has been told anything yet that holds: all run on, if they have been stopped at all.
+    fn let_on(&mut self) {
+        match self.frozen.is_empty() {
+            true => self.sources.drain(..).for_each(Source::abandon),
+            false => self.thaw(),
+        }
     }
 
     fn finish_moved(&mut self) {

@@ -24,11 +24,12 @@ impl Mover {
             .name(format!("examine-{pid}"))
             .spawn(move || {
                 let mut met = Met::default();
-                let party = mover.party(pid, false)?;
-                let prepared = mover.prepare_sources(&party, &mut met, false);
+                let mut party = mover.party(pid, false)?;
+                let prepared = mover.prepare_sources(&mut party, 0, &mut met, false);
                 match prepared {
                     Ok(sources) => {
-                        let obstacles = to.map_or(Ok(Vec::new()), |to| mover.examine_there(&sources, to));
+                        let plans = sources.iter().map(|source| &source.plan);
+                        let obstacles = to.map_or(Ok(Vec::new()), |to| mover.examine_there(plans, to));
                         sources.into_iter().for_each(Source::abandon);
                         obstacles
                     }
@@ -69,9 +70,11 @@ impl Mover {
         Ok(party)
     }
 
+    /// Prepares a party from its member `from` on. Children that have ended meanwhile are members no more.
     pub(super) fn prepare_sources(
         &self,
-        party: &[(Pid, i32)],
+        party: &mut Vec<(Pid, i32)>,
+        from: usize,
         met: &mut Met,
         watch: bool,
     ) -> Result<Vec<Source>, MoveOutcome> {
@@ -79,17 +82,21 @@ impl Mover {
         let around = self.surroundings(&identify, party);
         let mut sources: Vec<Source> = Vec::new();
         let mut obstacles = Vec::new();
-        for (pid, host) in party {
+        let root = party.first().copied();
+        let mut ended = Vec::new();
+        for member in &party[from..] {
+            let (pid, host) = member;
             let prepared = self
                 .lineage(*pid, *host)
                 .and_then(|lineage| Source::prepare(*host, lineage, NEST_FILTERS, &around, met, watch));
+            let is_gone = matches!(prepared, Err(CaptureError::Gone)) && has_ended(*host);
             match prepared {
                 Ok(source) => sources.push(source),
+                Err(_) if is_gone && root != Some(*member) => ended.push(*member),
                 Err(CaptureError::Obstacles(more)) => obstacles.extend(more),
                 Err(error) => {
                     sources.into_iter().for_each(Source::abandon);
-                    if matches!(error, CaptureError::Gone) && has_ended(*host) && party.first() == Some(&(*pid, *host))
-                    {
+                    if is_gone {
                         let message = format!("process {pid} has ended");
                         return Err(MoveOutcome::Failed(failure(FailureKind::NoProcess, message, None)));
                     }
@@ -101,6 +108,7 @@ impl Mover {
                 }
             }
         }
+        party.retain(|member| !ended.contains(member));
         for source in &sources {
             let watched = source.is_watched() && self.arrivals.get(source.pid).is_none_or(|a| a.space.is_none());
             if watched {
@@ -182,14 +190,16 @@ impl Mover {
     }
 
     /// Asks the destination whether everything that the plans name is there.
-    pub(super) fn examine_there(&self, sources: &[Source], to: Slot) -> Result<Vec<Obstacle>, Failure> {
-        let plans: Vec<ProcessPlan> = sources
-            .iter()
-            .map(|s| ProcessPlan {
-                file_pages: Vec::new(),
-                ..s.plan.clone()
-            })
-            .collect();
+    pub(super) fn examine_there<'a>(
+        &self,
+        plans: impl Iterator<Item = &'a ProcessPlan>,
+        to: Slot,
+    ) -> Result<Vec<Obstacle>, Failure> {
+        let named = plans.map(|plan| ProcessPlan {
+            file_pages: Vec::new(),
+            ..plan.clone()
+        });
+        let plans: Vec<ProcessPlan> = named.collect();
         match self.peers.call(
             to,
             &PeerRequest::Examine {
@@ -205,6 +215,11 @@ impl Mover {
             )),
             Err(error) => Err(failure(FailureKind::Unreachable, error.to_string(), None)),
         }
+    }
+
+    /// A party that is being moved has grown.
+    pub(super) fn reserve_more(&self, more: &[(Pid, i32)], id: MoveId) {
+        lock(&self.busy).extend(more.iter().map(|(pid, _)| (*pid, id)));
     }
 
     pub(super) fn reserve_party(&self, party: &[(Pid, i32)], id: MoveId) -> Result<(), MoveOutcome> {
