@@ -291,13 +291,15 @@ impl Inner {
     fn said(&self, name: &Name) -> Result<Option<steer::Entry>, EdgeError> {
         self.tables
             .get(name)
-            .map_err(kernel("reading the entry of", &shown(name)))
+            .map_err(|e| kernel("reading the entry of", &shown(name))(e))
     }
 
     /// Says of an endpoint of which this was said before that it is there now.
     fn say(&self, name: &Name, said: Option<steer::Entry>, at: Slot, hold: bool, epoch: u64) -> Result<(), EdgeError> {
         let entry = entry(said, at, hold, epoch);
-        self.tables.set(name, &entry).map_err(kernel("steering", &shown(name)))
+        self.tables
+            .set(name, &entry)
+            .map_err(|e| kernel("steering", &shown(name))(e))
     }
 }
 

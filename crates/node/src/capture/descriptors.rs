@@ -16,7 +16,7 @@ use dunlin_proto::image::{self, Description, DescriptionKind, Descriptor, FileLo
 use dunlin_sys::inspect;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::{FdInfo, Lock, LockKind};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
@@ -86,11 +86,30 @@ impl Glimpse {
 
 /// Reads the table as /proc shows it.
 pub fn glimpse(dir: &ProcDir) -> io::Result<Vec<Glimpse>> {
-    let mut all = Vec::new();
-    for number in dir.numbers("fd")? {
-        all.extend(Glimpse::of(dir, number)?);
+    let mut numbers = dir.numbers("fd")?;
+    let parts = in_two(&mut numbers, |part| -> io::Result<Vec<Glimpse>> {
+        let each = part.iter().map(|number| Glimpse::of(dir, *number).transpose());
+        each.flatten().collect()
+    })?;
+    Ok(parts.concat())
+}
+
+/// Works on the halves of many at once, on few in one go. What comes of it is in their order.
+pub(crate) fn in_two<T: Send, R: Send, E: Send>(
+    all: &mut [T],
+    work: impl Fn(&mut [T]) -> Result<R, E> + Sync,
+) -> Result<Vec<R>, E> {
+    const FEW: usize = 128;
+    if all.len() < FEW {
+        return Ok(vec![work(all)?]);
     }
-    Ok(all)
+    let (one, other) = all.split_at_mut(all.len() / 2);
+    std::thread::scope(|scope| {
+        let there = scope.spawn(|| work(other));
+        let here = work(one);
+        let there = there.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Ok(vec![here?, there?])
+    })
 }
 
 /// The open file descriptions that were met in the processes of a move. Each has a key that is its own in all of them, and
@@ -98,6 +117,8 @@ pub fn glimpse(dir: &ProcDir) -> io::Result<Vec<Glimpse>> {
 #[derive(Debug, Default)]
 pub struct Met {
     all: Vec<Known>,
+    /// Those of each name.
+    named: HashMap<PathBuf, Vec<usize>>,
     round: u32,
     /// Handles on descriptions in flight.
     held: Vec<OwnedFd>,
@@ -120,12 +141,9 @@ impl Met {
     /// The key of a description.
     pub(crate) fn key(&mut self, host: i32, glimpse: &Glimpse) -> io::Result<u64> {
         let mut same = None;
-        for (at, known) in self
-            .all
-            .iter()
-            .enumerate()
-            .filter(|(_, known)| known.glimpse.is_like(glimpse))
-        {
+        let named = self.named.get(&glimpse.link).into_iter().flatten();
+        let all = named.map(|at| (*at, &self.all[*at]));
+        for (at, known) in all.filter(|(_, known)| known.glimpse.is_like(glimpse)) {
             let (one, other) = (glimpse.number, known.glimpse.number);
             if (known.host, other) == (host, one) && !is_own(host) {
                 // Its descriptor is this one: of a description that was met in this round, or has become another.
@@ -150,6 +168,10 @@ impl Met {
             }
             None => {
                 self.all.push(now);
+                self.named
+                    .entry(glimpse.link.clone())
+                    .or_default()
+                    .push(self.all.len() - 1);
                 Ok(self.all.len() as u64)
             }
         }

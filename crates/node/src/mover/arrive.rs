@@ -25,7 +25,9 @@ impl Incoming {
         for index in 0..self.frozen.len() {
             self.mover.remember_arrival(&self.arrival_of(index));
         }
+        let remembered = started.elapsed();
         self.arriving.speak(&self.mover.edge);
+        let spoken = started.elapsed();
         for process in &self.frozen {
             self.mover.tell_signals(&process.essence.lineage.children);
         }
@@ -38,8 +40,14 @@ impl Incoming {
                 Err(error) => tracing::error!(%pid, %error, "a granted process could not be resumed"),
             }
         }
+        tracing::debug!(
+            remember_us = remembered.as_micros(),
+            speak_us = (spoken - remembered).as_micros(),
+            run_us = (started.elapsed() - spoken).as_micros(),
+            "resumed"
+        );
         self.common = Common::default();
-        tracing::debug!(resume_us = started.elapsed().as_micros(), "resumed");
+        self.arriving.let_go();
         for index in 0..self.frozen.len() {
             self.arrive(index);
         }

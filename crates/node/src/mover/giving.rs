@@ -13,7 +13,7 @@ use crate::capture::freeze::Frozen;
 use crate::capture::{CaptureError, Source, Surroundings, demanded};
 use crate::page_server::NewImage;
 use crate::pager::{Journal, NewSpace, Withdrawn};
-use crate::sockets::leaving::{LeaveError, Owner};
+use crate::sockets::leaving::{EarlyLooks, LeaveError, Owner, look_early};
 use dunlin_cluster::relocation::source::SourceEvent;
 use dunlin_proto::control::{FailureKind, MoveMode};
 use dunlin_proto::ids::{ImageId, Pid};
@@ -120,10 +120,14 @@ impl Outgoing<'_> {
             self.close_orders()?;
         }
         let stopped = self.frozen.iter().map(|frozen| &frozen.source);
-        let planned = stopped.chain(&self.sources).flat_map(sockets_of);
-        let planned = planned.map(|(key, _, _, socket)| (key, socket.clone()));
+        let planned = stopped.chain(&self.sources).flat_map(|source| {
+            let each = sockets_of(source);
+            each.map(|(key, number, _, socket)| (key, source.pid, source.host, number, socket.clone()))
+        });
+        let planned: Vec<_> = planned.collect();
+        let held = planned.iter().map(|(key, .., socket)| (*key, socket.clone()));
         self.sockets
-            .hold(&mover.edge, self.plan.move_id, planned)
+            .hold(&mover.edge, self.plan.move_id, held)
             .map_err(LeaveError::from)?;
         let started = Instant::now();
         self.stop_all()?;
@@ -140,22 +144,28 @@ impl Outgoing<'_> {
         let mut members = Vec::new();
         let mut frozen_all = std::mem::take(&mut self.frozen);
         let mut along: BTreeMap<Pid, bool> = frozen_all.iter().map(|f| (f.source.pid, f.is_stopped())).collect();
-        // Children first: whether one is stopped is known when its parent is asked what it has seen of that.
-        for frozen in frozen_all.iter_mut().rev() {
-            let captured = self.capture(frozen, &around, &along);
-            along.insert(frozen.source.pid, frozen.is_stopped());
-            match captured {
-                Ok((member, process)) => {
-                    members.push(member);
-                    processes.push(process);
-                }
-                Err(error) => {
-                    self.frozen = frozen_all;
-                    return Err(error);
-                }
+        let mut capture_all = || -> Result<(), CaptureError> {
+            // Children first: whether one is stopped is known when its parent is asked what it has seen of that.
+            for frozen in frozen_all.iter_mut().rev() {
+                let captured = self.capture(frozen, &around, &along);
+                along.insert(frozen.source.pid, frozen.is_stopped());
+                let (member, process) = captured?;
+                members.push(member);
+                processes.push(process);
             }
-        }
+            Ok(())
+        };
+        let (all, early) = std::thread::scope(|scope| match planned.is_empty() {
+            true => (capture_all(), EarlyLooks::default()),
+            false => {
+                let early = scope.spawn(|| look_early(&mover.edge, &planned));
+                let all = capture_all();
+                let early = early.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                (all, early)
+            }
+        });
         self.frozen = frozen_all;
+        all?;
         members.reverse();
         processes.reverse();
         let captured = Instant::now();
@@ -167,7 +177,7 @@ impl Outgoing<'_> {
         let owners: Vec<Owner<'_>> = self.frozen.iter().map(|frozen| owner(&frozen.source)).collect();
         let sockets = match owners.iter().all(|owner| owner.sockets().next().is_none()) {
             true => Vec::new(),
-            false => self.sockets.capture(&mover.edge, self.plan.move_id, &owners)?,
+            false => self.sockets.capture(&mover.edge, self.plan.move_id, &owners, early)?,
         };
         let count = sockets.len();
         let payload = payload::encode(&FrozenPayload { processes, sockets });

@@ -157,7 +157,8 @@ impl Incoming {
             if let Ok(Word::Destination(event)) = words.try_recv() {
                 return event;
             }
-            std::hint::spin_loop();
+            // Where there are few CPUs, whoever it waits for needs this one.
+            std::thread::yield_now();
         }
         let longest = Duration::from_secs(1);
         let left = until.map_or(longest, |at| at.saturating_sub(self.mover.now()).min(longest));

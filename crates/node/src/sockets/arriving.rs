@@ -6,6 +6,7 @@
 //! and by the table of options.
 
 use super::{endpoints, finish, is_loopback, is_tcp, leaving, settable, what};
+use crate::capture::descriptors::in_two;
 use crate::edge::{Door, Edge};
 use crate::restore::Common;
 use dunlin_proto::image::{FrozenSocket, Socket, SocketState};
@@ -44,7 +45,10 @@ fn about(socket: &Socket) -> impl FnOnce(io::Error) -> ArriveError {
 #[derive(Default)]
 pub struct Arriving {
     made: BTreeMap<u64, Made>,
+    /// Dropped with all else, when the source has been told that its processes run: closing a packet socket takes the kernel
+    /// tens of milliseconds.
     ways: Option<Ways>,
+    spoken: Vec<(u64, Made)>,
 }
 
 struct Made {
@@ -181,7 +185,7 @@ impl Arriving {
             })
         };
         become_all(&mut listening)?;
-        leaving::in_two(&mut others, become_all)?;
+        in_two(&mut others, become_all)?;
         Ok(())
     }
 
@@ -209,16 +213,18 @@ impl Arriving {
         all.into_iter().collect()
     }
 
-    /// The move is decided: their packets come here, and they go on.
+    /// The move is decided: their packets come here, and they go on. [`Arriving::let_go`] must follow soon.
     pub fn speak(&mut self, edge: &Edge) {
+        let started = std::time::Instant::now();
         let endpoints = self.endpoints();
         if !endpoints.is_empty()
             && let Err(error) = edge.arrive(&endpoints)
         {
             tracing::error!(%error, "packets for sockets that came may not find them");
         }
+        let steered = started.elapsed();
         let mut all: Vec<(u64, Made)> = std::mem::take(&mut self.made).into_iter().collect();
-        let spoken = leaving::in_two(&mut all, |part| -> Result<(), std::convert::Infallible> {
+        let spoken = in_two(&mut all, |part| -> Result<(), std::convert::Infallible> {
             for (key, made) in part {
                 if let Err(error) = made.speak() {
                     tracing::error!(key, %error, "a socket that came does not go on as it should");
@@ -227,7 +233,17 @@ impl Arriving {
             Ok(())
         });
         let Ok(_) = spoken;
-        self.ways = None;
+        tracing::debug!(
+            steer_us = steered.as_micros(),
+            speak_us = (started.elapsed() - steered).as_micros(),
+            "sockets speak"
+        );
+        self.spoken = all;
+    }
+
+    /// The processes run: nothing of their sockets is kept open here, where it would outlive a close(2).
+    pub fn let_go(&mut self) {
+        self.spoken.clear();
     }
 }
 

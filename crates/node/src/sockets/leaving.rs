@@ -6,6 +6,7 @@
 
 use super::look::{self, tcp_rows};
 use super::{endpoints, is_tcp};
+use crate::capture::descriptors::in_two;
 use crate::edge::{Edge, EdgeError, Hold, Inside};
 use crate::obstacle;
 use dunlin_proto::control::Obstacle;
@@ -81,6 +82,29 @@ pub struct Leaving {
     holds: Vec<Hold>,
     held: BTreeSet<Endpoint>,
     taken: Vec<Taken>,
+}
+
+/// What was seen of planned sockets as soon as their processes had stopped: by key, under which number of which process.
+#[derive(Default)]
+pub struct EarlyLooks(BTreeMap<u64, (i32, i32, OwnedFd, Looked)>);
+
+/// Looks at planned sockets of processes that have stopped (key, host number, descriptor, what was planned), while others
+/// look at the rest of these. What cannot be looked at is left for [`Leaving::capture`].
+pub fn look_early(edge: &Edge, planned: &[(u64, Pid, i32, i32, Socket)]) -> EarlyLooks {
+    let mut found = BTreeMap::new();
+    let mut table: Option<(i32, Table)> = None;
+    for (key, pid, host, number, socket) in planned {
+        if table.as_ref().is_none_or(|(of, _)| of != host) {
+            table = Table::of(*host).ok().map(|table| (*host, table));
+        }
+        let Some(fd) = table.as_ref().and_then(|(_, table)| table.take(*number).ok()) else {
+            continue;
+        };
+        if let Ok(looked) = look_at((*pid, *host), *number, &fd, Some(socket), edge.inside()) {
+            found.insert(*key, (*host, *number, fd, looked));
+        }
+    }
+    EarlyLooks(found)
 }
 
 #[derive(Debug)]
@@ -165,8 +189,14 @@ impl Leaving {
     }
 
     /// Captures all sockets of processes that are parked.
-    pub fn capture(&mut self, edge: &Edge, by: MoveId, owners: &[Owner<'_>]) -> Result<Vec<FrozenSocket>, LeaveError> {
-        self.take(edge, owners)?;
+    pub fn capture(
+        &mut self,
+        edge: &Edge,
+        by: MoveId,
+        owners: &[Owner<'_>],
+        early: EarlyLooks,
+    ) -> Result<Vec<FrozenSocket>, LeaveError> {
+        self.take(edge, owners, early)?;
         let news = self.taken.iter().filter_map(|taken| taken.changed.as_ref());
         let news: BTreeSet<Endpoint> = news.flat_map(endpoints::of).collect();
         self.hold_more(edge, by, news)?;
@@ -201,25 +231,35 @@ impl Leaving {
     }
 
     /// Takes a descriptor of each socket, and looks at it again: it may have been bound or connected since the plan.
-    fn take(&mut self, edge: &Edge, owners: &[Owner<'_>]) -> Result<(), LeaveError> {
+    fn take(&mut self, edge: &Edge, owners: &[Owner<'_>], mut early: EarlyLooks) -> Result<(), LeaveError> {
         let mut met = BTreeSet::new();
         let mut wanted = Vec::new();
         for owner in owners {
             let table = Table::of(owner.host).map_err(kernel(owner.pid, -1))?;
             for (key, number, flags, _) in owner.sockets().filter(|(key, ..)| met.insert(*key)) {
-                let fd = table.take(number).map_err(kernel(owner.pid, number))?;
-                wanted.push((*owner, key, number, flags, self.planned.get(&key), fd));
+                let looked = early
+                    .0
+                    .remove(&key)
+                    .filter(|(host, at, ..)| (*host, *at) == (owner.host, number));
+                let (fd, looked) = match looked {
+                    Some((_, _, fd, looked)) => (fd, Some(looked)),
+                    None => (table.take(number).map_err(kernel(owner.pid, number))?, None),
+                };
+                wanted.push((*owner, key, number, flags, self.planned.get(&key), fd, looked));
             }
         }
-        let looked = in_two(&mut wanted, |part| {
-            let each = part.iter_mut().map(|(owner, key, number, flags, seen, fd)| {
-                look_at(owner, *number, fd, *seen, edge.inside())
-                    .map(|looked| looked.map(|looked| (*key, *flags, looked)))
+        let looked = in_two(&mut wanted, |part| -> Result<Vec<_>, LeaveError> {
+            let each = part.iter_mut().map(|(owner, key, number, flags, seen, fd, looked)| {
+                let looked = match looked.take() {
+                    Some(looked) => looked,
+                    None => look_at((owner.pid, owner.host), *number, fd, *seen, edge.inside())?,
+                };
+                Ok(looked.map(|looked| (*key, *flags, looked)))
             });
             each.collect::<Result<Vec<_>, _>>()
         })?;
         let mut obstacles = Vec::new();
-        for ((owner, _, number, _, _, fd), looked) in wanted.into_iter().zip(looked.into_iter().flatten()) {
+        for ((owner, _, number, _, _, fd, _), looked) in wanted.into_iter().zip(looked.into_iter().flatten()) {
             match looked {
                 Ok((key, flags, look)) => self.taken.push(Taken {
                     owner: (owner.pid, number),
@@ -437,21 +477,21 @@ fn kernel(pid: Pid, number: i32) -> impl Fn(io::Error) -> LeaveError {
 type Looked = Result<Look, Box<Obstacle>>;
 
 fn look_at(
-    owner: &Owner<'_>,
+    (pid, host): (Pid, i32),
     number: i32,
     fd: &OwnedFd,
     planned: Option<&Socket>,
     inside: Option<Inside>,
 ) -> Result<Looked, LeaveError> {
-    let failed = kernel(owner.pid, number);
+    let failed = kernel(pid, number);
     let looked = match planned {
-        Some(planned) => look::look_again(owner.host, fd.as_fd(), planned, inside),
-        None => look::look(owner.host, fd.as_fd(), inside),
+        Some(planned) => look::look_again(host, fd.as_fd(), planned, inside),
+        None => look::look(host, fd.as_fd(), inside),
     };
     let changed = match looked.map_err(&failed)? {
         Some(Ok(socket)) => Some(socket),
         Some(Err(reason)) => {
-            let refused = obstacle::descriptor(owner.pid, number, "socket", &reason.why, reason.hint);
+            let refused = obstacle::descriptor(pid, number, "socket", &reason.why, reason.hint);
             return Ok(Err(Box::new(refused)));
         }
         None => None,
@@ -470,24 +510,6 @@ fn look_at(
         state,
         changed,
     }))
-}
-
-/// Works on the halves of many at once, on few in one go.
-pub(super) fn in_two<T: Send, R: Send, E: Send>(
-    all: &mut [T],
-    work: impl Fn(&mut [T]) -> Result<R, E> + Sync,
-) -> Result<Vec<R>, E> {
-    const FEW: usize = 128;
-    if all.len() < FEW {
-        return Ok(vec![work(all)?]);
-    }
-    let (one, other) = all.split_at_mut(all.len() / 2);
-    std::thread::scope(|scope| {
-        let there = scope.spawn(|| work(other));
-        let here = work(one);
-        let there = there.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        Ok(vec![here?, there?])
-    })
 }
 
 fn to_image(c: tcp::Connection) -> image::Connection {
