@@ -94,6 +94,9 @@ pub fn look_early(edge: &Edge, planned: &[(u64, Pid, i32, i32, Socket)]) -> Earl
     let mut found = BTreeMap::new();
     let mut table: Option<(i32, Table)> = None;
     for (key, pid, host, number, socket) in planned {
+        if found.contains_key(key) {
+            continue;
+        }
         if table.as_ref().is_none_or(|(of, _)| of != host) {
             table = Table::of(*host).ok().map(|table| (*host, table));
         }
