@@ -11,6 +11,7 @@ use crate::capture::SCRIPT_MASK;
 use crate::capture::freeze::LeftBehind;
 use crate::install::{Installer, Wanted};
 use crate::nest::{Nest, SurrogateSpec};
+use crate::privileges;
 use crate::processes::{Hidden, HiddenKind};
 use crate::signals::orders::{self, settle_stop};
 use crate::signals::surrogates::own_continuation;
@@ -127,7 +128,8 @@ impl Entries {
 
     /// Turns the emptied process of a committed move into its own surrogate.
     pub fn stay(&self, left: LeftBehind, pid: Pid, host: i32, comm: &[u8]) -> io::Result<()> {
-        let (thread, at, place) = left.ready().map_err(other)?;
+        let (thread, at, place) = left.into_parts();
+        let thread = privileges::regain(thread, at, place)?;
         self.execute(thread, pid, at, place, &ProcDir::process(host), comm)
     }
 
@@ -157,7 +159,9 @@ impl Entries {
         for tid in dir.threads()?.into_iter().filter(|tid| *tid != host) {
             let _ = Stopped::assume(tid).detach(0);
         }
-        self.execute(thread, pid, at, writable.end - 64, &dir, comm)
+        let place = writable.end - 64;
+        let thread = privileges::regain(thread, at, place)?;
+        self.execute(thread, pid, at, place, &dir, comm)
     }
 
     /// The task that has this number here, once one that is about to end has ended.

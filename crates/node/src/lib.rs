@@ -19,6 +19,7 @@ pub mod page_server;
 pub mod pager;
 pub mod peers;
 pub mod ports;
+pub(crate) mod privileges;
 pub mod processes;
 pub mod restore;
 pub mod runs;

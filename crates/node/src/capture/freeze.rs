@@ -753,48 +753,10 @@ impl LeftBehind {
         }
     }
 
-    /// Readies the emptied process to execute the surrogate program: with as much privilege as its credentials can
-    /// regain, or the exec would lose the way back. Hands back the thread, where calls can be injected, and memory to
-    /// write to.
-    pub fn ready(self) -> Result<(Stopped, u64, u64), CaptureError> {
-        const SYS_SETRESUID: i64 = 117;
-        const KEEP: u64 = u32::MAX as u64;
-        self.leader.set_options(Options {
-            suspend_seccomp: true,
-            ..Options::default()
-        })?;
-        self.keep_capabilities()?;
-        let at = self.foothold.syscall_at;
-        let (leader, _) = self.leader.inject(at, SYS_SETRESUID, [KEEP, 0, KEEP, 0, 0, 0])?;
-        Ok((leader, at, self.foothold.arena.base() + PAGE))
-    }
-}
-
-impl LeftBehind {
-    /// An exec by an ordinary user keeps the ambient capabilities alone, and what is lost here cannot be given back to
-    /// the process when it comes home: all permitted ones become ambient.
-    fn keep_capabilities(&self) -> Result<(), CaptureError> {
-        const SYS_CAPSET: i64 = 126;
-        const SYS_PRCTL: i64 = 157;
-        const PR_CAP_AMBIENT: u64 = 47;
-        const RAISE: u64 = 2;
-        const VERSION: u32 = 0x2008_0522;
-        let status = ProcDir::process(self.leader.tid()).status()?;
-        let permitted = status.capabilities[1];
-        if permitted == 0 || status.uids[..3].contains(&0) {
-            return Ok(());
-        }
-        let mut script = Script::new(&self.foothold.arena);
-        let header = script.bytes(&[VERSION.to_le_bytes(), [0; 4]].concat());
-        let sets = [permitted as u32, (permitted >> 32) as u32].map(|half| [half.to_le_bytes(); 3].concat());
-        let sets = script.bytes(&sets.concat());
-        script.attempt("capset", SYS_CAPSET, &[header.address, sets.address]);
-        for capability in (0..64).filter(|c| permitted & (1 << c) != 0) {
-            script.attempt("prctl", SYS_PRCTL, &[PR_CAP_AMBIENT, RAISE, capability, 0, 0]);
-        }
-        self.leader.set_signal_mask(SCRIPT_MASK)?;
-        let (leader, _) = script.run(Stopped::assume(self.leader.tid()))?;
-        Ok(leader.set_signal_mask(u64::MAX)?)
+    /// The emptied process, which may execute the surrogate program: its thread, where calls can be injected, and memory
+    /// to write to.
+    pub fn into_parts(self) -> (Stopped, u64, u64) {
+        (self.leader, self.foothold.syscall_at, self.foothold.arena.base() + PAGE)
     }
 }
 
