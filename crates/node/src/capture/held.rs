@@ -63,8 +63,8 @@ impl Abandoned {
         })
     }
 
-    /// Lets it run on where it was. `stopped_by`: the signal that it is to be stopped by.
-    pub fn run_on(self, stopped_by: Option<i32>) -> Result<(), CaptureError> {
+    /// Lets it run on where it was. One that is stopped stays so.
+    pub fn run_on(self) -> Result<(), CaptureError> {
         let threads = stop_all(self.host)?;
         let held = self.foothold.arena.held();
         let note = Note::of(&self.foothold);
@@ -109,7 +109,6 @@ impl Abandoned {
         // The loop with them.
         let leader = clear_away(leader, self.host, self.foothold.syscall_at)?;
         leader.set_signal_mask(held.mask)?;
-        stop_again(self.host, stopped_by);
         // The registers come last: until they are set it is in the refuge.
         leader.set_registers(&held.registers)?;
         if let Some(trodden) = trodden {
@@ -158,16 +157,6 @@ impl Abandoned {
             });
         }
         leave_image(self.foothold, self.host, threads, pending)
-    }
-}
-
-/// Has a process be stopped as it was elsewhere.
-pub fn stop_again(host: i32, stopped_by: Option<i32>) {
-    if let Some(signal) = stopped_by.and_then(rustix::process::Signal::from_named_raw)
-        && let Some(process) = rustix::process::Pid::from_raw(host)
-    {
-        // One that has ended needs no stop.
-        let _ = rustix::process::kill_process(process, signal);
     }
 }
 

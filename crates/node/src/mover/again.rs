@@ -21,7 +21,7 @@ impl Outgoing<'_> {
             if let Some(withdrawn) = self.withdrawn.remove(&left.pid) {
                 self.mover.adopt_again(left.pid, withdrawn);
             }
-            self.mover.let_run_on(left.pid, left.host, None);
+            self.mover.let_run_on(left.pid, left.host);
         }
     }
 
@@ -80,14 +80,14 @@ impl Outgoing<'_> {
 
 impl Mover {
     /// Lets a process run on that a former daemon held. Nothing to do if it runs already.
-    pub(super) fn let_run_on(&self, pid: Pid, host: i32, stopped_by: Option<i32>) {
+    pub(super) fn let_run_on(&self, pid: Pid, host: i32) {
         match crate::sockets::recovery::put_back(host) {
             Ok(0) => {}
             Ok(sockets) => tracing::info!(%pid, sockets, "sockets of a process that was held go on"),
             Err(error) => tracing::error!(%pid, %error, "sockets of a process that was held"),
         }
         let done = Abandoned::find(pid, host).and_then(|found| match found {
-            Some(abandoned) => abandoned.run_on(stopped_by),
+            Some(abandoned) => abandoned.run_on(),
             None => Ok(()),
         });
         match done {

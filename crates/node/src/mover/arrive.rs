@@ -31,13 +31,15 @@ impl Incoming {
         for process in &self.frozen {
             self.mover.tell_signals(&process.essence.lineage.children);
         }
+        // Before any of them runs: what one does to another from then on is not done to a surrogate.
+        for index in 0..self.frozen.len() {
+            self.enter(index);
+        }
         let blanks = std::mem::take(&mut self.blanks);
-        let mut hosts = Vec::new();
         for (blank, process) in blanks.into_iter().zip(&self.frozen) {
-            let (pid, host) = (blank.pid, blank.host);
-            match blank.resume(&process.essence) {
-                Ok(_) => hosts.push(host),
-                Err(error) => tracing::error!(%pid, %error, "a granted process could not be resumed"),
+            let pid = blank.pid;
+            if let Err(error) = blank.resume(&process.essence) {
+                tracing::error!(%pid, %error, "a granted process could not be resumed");
             }
         }
         tracing::debug!(
@@ -60,7 +62,6 @@ impl Incoming {
             pid: *pid,
             host: place.host,
             comm: comm.clone(),
-            stopped_by: self.frozen[index].essence.stopped_by,
             arrival: self.arrival_of(index),
             sockets: self.kept_sockets[index].clone(),
         }
@@ -79,7 +80,7 @@ impl Incoming {
             mover.log("unregistering a surrogate", mover.nest.unregister_surrogate(pid));
             let spoken = crate::sockets::recovery::speak(&mover.edge, place.host, &place.sockets);
             mover.log("letting sockets of a former daemon go on", spoken);
-            mover.let_run_on(pid, place.host, place.stopped_by);
+            mover.let_run_on(pid, place.host);
             match arrived {
                 Ok(None) => {}
                 Ok(Some(ended)) => mover.vanished(ended),
@@ -107,16 +108,12 @@ impl Incoming {
         }
     }
 
-    fn arrive(&self, index: usize) {
-        let process = &self.frozen[index];
+    /// Its number is that of a process here, no more that of what stood for it.
+    fn enter(&self, index: usize) {
         let record = self.arrival_of(index);
         let (pid, incarnation) = (record.pid, record.incarnation);
         let mover = &self.mover;
-        if self.places[index].place.stood_before {
-            mover.log("unregistering a surrogate", mover.nest.unregister_surrogate(pid));
-        }
         let space = self.spaces[index].clone();
-        let streams = streams_of(process, &self.prepared[index].plan);
         let elsewhere = elsewhere(space.clone());
         mover.residents.insert(
             pid,
@@ -139,11 +136,23 @@ impl Incoming {
             },
         );
         lock(&mover.busy).insert(pid, self.id);
-        mover.orders.arrive(pid, process.obeyed.clone());
+        mover.orders.arrive(pid, self.frozen[index].obeyed.clone());
         mover.hidden.remove(pid);
+    }
+
+    /// It runs.
+    fn arrive(&self, index: usize) {
+        let process = &self.frozen[index];
+        let lineage = &process.essence.lineage;
+        let (pid, uid) = (lineage.pid, process.essence.traits.uids[0]);
+        let mover = &self.mover;
+        if self.places[index].place.stood_before {
+            mover.log("unregistering a surrogate", mover.nest.unregister_surrogate(pid));
+        }
+        let streams = streams_of(process, &self.prepared[index].plan);
         match mover.nest.pidfd(pid) {
             Ok(Some(pidfd)) => {
-                let watched = mover.exits.watch(pid, pidfd, record.uid);
+                let watched = mover.exits.watch(pid, pidfd, uid);
                 mover.log("watching an arrived process", watched.map(|_| ()));
             }
             // It has ended already: its parent here has been told by the kernel, its home is told by the tick.
@@ -151,7 +160,7 @@ impl Incoming {
             Err(error) => tracing::error!(%pid, %error, "an arrived process cannot be watched"),
         }
         mover.streams.arrived(pid, &streams);
-        tracing::info!(%pid, from = %self.id.source, ?incarnation, "a process has arrived");
+        tracing::info!(%pid, from = %self.id.source, moves = lineage.moves + 1, "a process has arrived");
     }
 
     pub(super) fn destroy(&mut self) {

@@ -40,8 +40,7 @@ impl Mover {
     /// Lets all processes run on that the last daemon held for a moment, as for a move that was only prepared; but for
     /// those that a record tells of. A keeper that was just made is found by its parent, who is told of. Those that had been
     /// on the last step out of the loop come back.
-    pub(super) fn free_the_abandoned(&self, told_of: &BTreeSet<Pid>) -> BTreeSet<Pid> {
-        let mut fetched = BTreeSet::new();
+    pub(super) fn free_the_abandoned(&self, told_of: &BTreeSet<Pid>) {
         let found = |pid: Pid, host: i32| match Abandoned::find(pid, host) {
             Ok(found) => found,
             Err(CaptureError::Gone) => None,
@@ -56,8 +55,7 @@ impl Mover {
             }
             let Some(abandoned) = found(pid, host) else {
                 match fetch_from_refuge(host) {
-                    Ok(true) => _ = fetched.insert(pid),
-                    Ok(false) | Err(CaptureError::Gone) => {}
+                    Ok(_) | Err(CaptureError::Gone) => {}
                     Err(error) => tracing::warn!(%pid, %error, "whether it spins for the last daemon is not known"),
                 }
                 continue;
@@ -85,10 +83,9 @@ impl Mover {
                     tracing::error!(%pid, %error, "what was to become a process waits where it is");
                 }
             } else {
-                self.let_run_on(pid, host, None);
+                self.let_run_on(pid, host);
             }
         }
-        fetched
     }
 
     /// Turns what was to become a process, and will not, into a surrogate: where nobody needs one, it is ended later.

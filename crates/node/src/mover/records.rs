@@ -56,8 +56,6 @@ pub(super) struct KeptPlace {
     pub(super) pid: Pid,
     pub(super) host: i32,
     pub(super) comm: Vec<u8>,
-    /// The signal that it is to be stopped by when it runs.
-    pub(super) stopped_by: Option<i32>,
     pub(super) arrival: ArrivalRecord,
     /// Those of its sockets that are in repair.
     pub(super) sockets: Vec<KeptSocket>,

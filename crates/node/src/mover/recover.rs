@@ -10,7 +10,7 @@ use super::records::{
     ARRIVAL, ArrivalRecord, DESTINATION, IMAGE, ImageRecord, KeptDestination, KeptSource, SOURCE, records,
 };
 use super::{Mover, lock, outgoing};
-use crate::capture::held::{Abandoned, stop_again};
+use crate::capture::held::Abandoned;
 use crate::page_server::NewImage;
 use crate::pager::Withdrawn;
 use crate::processes::{HiddenKind, Resident};
@@ -58,7 +58,7 @@ impl Mover {
             .collect();
         let mut withdrawn = self.take_up_spaces(&labels, &undecided)?;
         // Now that pages come, which this may need.
-        let fetched = self.free_the_abandoned(&held);
+        self.free_the_abandoned(&held);
         drop(quiet);
         // What became of copies that this node was to run is told by their move, unless others of it run.
         let here = |pid: Pid| self.hidden.kind(pid).is_none() && self.nest.host_pid(pid).is_ok_and(|h| h.is_some());
@@ -69,7 +69,7 @@ impl Mover {
             })
         });
         for kept in destinations {
-            self.recover_destination(kept, &mut withdrawn, &fetched)?;
+            self.recover_destination(kept, &mut withdrawn)?;
         }
         ended.into_iter().for_each(|pid| self.vanished(pid));
         for source in sources {
@@ -122,7 +122,6 @@ impl Mover {
         &self,
         KeptDestination { record, places }: KeptDestination,
         withdrawn: &mut BTreeMap<Pid, Withdrawn>,
-        fetched: &BTreeSet<Pid>,
     ) -> io::Result<()> {
         let id = record.move_id;
         let here = |pid: Pid| self.hidden.kind(pid).is_none() && self.nest.host_pid(pid).is_ok_and(|h| h.is_some());
@@ -133,8 +132,6 @@ impl Mover {
                 self.hidden.insert(place.pid, HiddenKind::Blank);
                 let space = withdrawn.remove(&place.pid);
                 waiting.push((place, space));
-            } else if fetched.contains(&place.pid) {
-                stop_again(place.host, place.stopped_by);
             }
         }
         let found = if !waiting.is_empty() {

@@ -4,7 +4,6 @@
 //! OS thread until [`resume`] lets go of all of them.
 
 use super::{Blank, During, Kit, RestoreError, mappings, signals, sleeper};
-use crate::capture::held::stop_again;
 use crate::capture::{
     SCRIPT_MASK, Trap, clocks, from_words, let_go, monotonic_ns, remember, select_limit, select_unit_ns,
 };
@@ -241,7 +240,8 @@ fn manner(blank: &Blank, host: i32, thread: &ThreadImage) -> Result<(), RestoreE
     Ok(())
 }
 
-/// The last stores, then all threads run.
+/// The last stores, then all threads run. A process that is stopped is so already: its parent, which may run by now, may
+/// have it go on.
 pub fn resume(blank: &Blank, essence: &Essence) -> Result<(), RestoreError> {
     let pid = blank.pid;
     let actions = &essence.signals.actions;
@@ -275,7 +275,6 @@ pub fn resume(blank: &Blank, essence: &Essence) -> Result<(), RestoreError> {
     leader
         .set_signal_mask(held.mask)
         .during(pid, "setting the signal mask")?;
-    stop_again(blank.host, essence.stopped_by);
     leader.set_registers(&held.registers).during(pid, "setting registers")?;
     if let Some(trodden) = trodden {
         trodden.smooth(blank.host);
