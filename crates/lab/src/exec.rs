@@ -5,6 +5,7 @@
 use crate::error::LabError;
 use crate::layout::{CLIENT, Layout};
 use crate::record::Record;
+use dunlin_sys::spawn::with_stdio_alone;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::ffi::OsString;
 use std::fs::File;
@@ -29,13 +30,14 @@ pub fn exec(layout: &Layout, node: &str, command: &[OsString]) -> Result<io::Err
     Ok(Command::new(program).args(arguments).exec())
 }
 
-/// Starts a child in a network namespace. The caller's own is not changed.
+/// Starts a child in a network namespace, with its standard descriptors alone. The caller's own namespace is not changed.
 pub fn spawn(netns: &Path, command: &mut Command) -> Result<Child, LabError> {
     // A thread of its own goes there and forks: what it leaves behind is a thread that ends.
     std::thread::scope(|scope| {
         let worker = scope.spawn(|| {
             enter(netns)?;
-            command.spawn().map_err(LabError::io("start", command.get_program()))
+            let spawned = with_stdio_alone(command).spawn();
+            spawned.map_err(LabError::io("start", command.get_program()))
         });
         worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })

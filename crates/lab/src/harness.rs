@@ -326,9 +326,15 @@ impl Drop for Lab {
     fn drop(&mut self) {
         if std::thread::panicking() {
             for node in self.layout.nodes_on_disk() {
-                let log = std::fs::read(self.layout.daemon_log(&node)).unwrap_or_default();
-                let tail = String::from_utf8_lossy(&log[log.len().saturating_sub(3000)..]).into_owned();
-                eprintln!("--- the end of {node}'s daemon log\n{tail}");
+                let logs = [
+                    ("daemon", self.layout.daemon_log(&node)),
+                    ("init", self.layout.node_dir(&node).join("init.log")),
+                ];
+                for (whose, path) in logs {
+                    let log = std::fs::read(path).unwrap_or_default();
+                    let tail = String::from_utf8_lossy(&log[log.len().saturating_sub(3000)..]).into_owned();
+                    eprintln!("--- the end of {node}'s {whose} log\n{tail}");
+                }
             }
         }
         if let Err(e) = down(&self.layout)

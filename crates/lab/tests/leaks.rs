@@ -51,6 +51,40 @@ fn whatever_is_killed_down_leaves_nothing() {
     }
 }
 
+/// A descriptor that the caller left inheritable, such as that of a lock it holds, stays the caller's alone.
+#[test]
+fn nothing_of_a_lab_has_a_descriptor_of_its_caller() {
+    let lock = std::env::temp_dir().join(format!("dunlin-lock-{}", std::process::id()));
+    let held = std::fs::File::create(&lock).unwrap();
+    let inheritable = rustix::io::dup(&held).unwrap();
+    let name = lock.file_name().unwrap().to_string_lossy().into_owned();
+    let has_it = |pid: &str| {
+        // Of a task that ends meanwhile nothing is held.
+        let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten();
+        let links = fds.flatten().filter_map(|fd| std::fs::read_link(fd.path()).ok());
+        links.into_iter().any(|link| link.to_string_lossy().contains(&name))
+    };
+    assert!(has_it("self"), "the test holds {name} itself");
+    let lab = Lab::up("descriptors", &Options::default());
+    let pid = lab.node("n1").run_detached(&["sleep", "1000"]);
+    lab.move_process(pid, "n2");
+    let own = std::process::id().to_string();
+    let all = std::fs::read_dir("/proc").unwrap().flatten();
+    let all = all.filter_map(|entry| entry.file_name().into_string().ok());
+    let holders: Vec<String> = all
+        .filter(|pid| *pid != own && pid.parse::<i32>().is_ok() && has_it(pid))
+        .collect();
+    let named = |pid: &String| {
+        format!(
+            "{pid} {}",
+            std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default()
+        )
+    };
+    assert_eq!(holders.iter().map(named).collect::<Vec<_>>(), Vec::<String>::new());
+    drop((lab, inheritable));
+    std::fs::remove_file(lock).unwrap();
+}
+
 #[test]
 fn a_lab_is_ready_when_up_returns_and_reports_every_node() {
     let lab = Lab::up("ready", &Options::default());

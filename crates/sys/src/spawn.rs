@@ -9,6 +9,8 @@
 use std::ffi::{CStr, CString, c_char};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 /// A program to be executed.
 #[derive(Debug)]
@@ -344,6 +346,21 @@ pub fn kill(pid: i32, signal: i32, cookie: u64) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Has a command start with its three standard descriptors alone, whatever else this process was given, or opened without
+/// O_CLOEXEC.
+pub fn with_stdio_alone(command: &mut Command) -> &mut Command {
+    let close = || {
+        // Not closed but marked: the command's own report of a failed exec is among them.
+        // SAFETY: a system call without pointers.
+        match unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
+    unsafe { command.pre_exec(close) }
 }
 
 /// Descriptors at 3 or above, so that they can become the standard ones in any order.

@@ -9,6 +9,7 @@ use super::{Inner, Nest, NestError, NestEvent};
 use crate::config::NodeConfig;
 use dunlin_sys::fdpass;
 use dunlin_sys::seccomp::Listener;
+use dunlin_sys::spawn::with_stdio_alone;
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 use std::io;
@@ -116,13 +117,13 @@ fn build(config: &NodeConfig, state_dir: &Path, exe: &Path) -> Result<(), NestEr
     let (ours, theirs) =
         rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .map_err(|e| exec(e.into()))?;
-    let mut builder = Command::new(exe)
+    let mut builder = Command::new(exe);
+    builder
         .arg("init")
         .stdin(Stdio::from(theirs))
         .stdout(log.try_clone().map_err(exec)?)
-        .stderr(log)
-        .spawn()
-        .map_err(exec)?;
+        .stderr(log);
+    let mut builder = with_stdio_alone(&mut builder).spawn().map_err(exec)?;
     let blueprint = Blueprint {
         version: wire::VERSION,
         cluster: config.cluster.clone(),
