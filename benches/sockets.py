@@ -6,6 +6,7 @@
     through   one TCP stream from the outside host through the gateway, against plain routing and conntrack with DNAT
     inside    TCP round trips over the inside address, on one node and between two, against one plain pair of devices
     redis     redis-benchmark on the outside host while redis goes round, against the same without moves
+    web       the same of wrk against nginx
     many      the freeze of a process with 1 GiB and 1,000 connections
 
 Durations are medians of medians. Exit code: 0 if nothing broke (a missed goal is a figure, not a failure), 1 otherwise.
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from drive.bench import main
 from drive.outside import InNest, Server, addresses, again, client, run
 from drive.report import row
-from servers import many, redis
+from servers import many, redis, web
 
 SERVER, OUTSIDE = "10.255.1.2", "10.255.0.1"
 
@@ -140,4 +141,4 @@ def inside(lab, quick):
 
 
 if __name__ == "__main__":
-    main("sockets", __doc__, (packet, through, inside, redis, many))
+    main("sockets", __doc__, (packet, through, inside, redis, web, many))

@@ -78,6 +78,75 @@ fn a_web_server_in_go_with_connections_that_come_and_go() {
     goes_round(&lab, &server, at_work);
 }
 
+/// A master and two workers, with files to serve.
+fn nginx(workshop: &Workshop) -> Vec<String> {
+    let dir = workshop.path("");
+    let dir = dir.to_str().unwrap().trim_end_matches('/');
+    let kinds = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"];
+    let spools: String = kinds
+        .iter()
+        .map(|kind| format!("{kind}_temp_path {dir}/{kind}; "))
+        .collect();
+    let configuration = format!(
+        "daemon off; worker_processes 2; pid {dir}/pid; error_log {dir}/errors notice;\n\
+         events {{ worker_connections 256; }}\n\
+         http {{ access_log off; keepalive_requests 100000000; sendfile on; {spools}\n\
+         server {{ listen 8080; listen [::]:8080; root {dir}/www; }} }}\n"
+    );
+    let configuration = workshop.file("nginx.conf", &configuration);
+    let www = workshop.subdir("www");
+    let make = "import hashlib, random, sys\n\
+                big = random.Random(1).randbytes(20 << 20)\n\
+                open(sys.argv[1] + '/big', 'wb').write(big)\n\
+                open(sys.argv[1] + '/digest', 'w').write(hashlib.sha256(big).hexdigest())\n\
+                open(sys.argv[1] + '/page', 'w').write('some text\\n' * 100)";
+    let made = std::process::Command::new(PYTHON).args(["-c", make]).arg(&www).status();
+    assert!(made.expect("Python").success());
+    let path = configuration.to_str().unwrap();
+    let argv = ["/usr/sbin/nginx", "-c", path, "-p", dir, "-e", &format!("{dir}/errors")];
+    argv.map(str::to_owned).to_vec()
+}
+
+#[test]
+fn nginx_with_its_workers_keeps_connections_and_downloads() {
+    const SECONDS: &str = "8";
+    let (lab, workshop) = (Lab::up("srv-nginx", &Options::default()), Workshop::new("srv-nginx"));
+    let argv = nginx(&workshop);
+    let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+    let server = lab.node("n1").run_as(spec_in(&workshop.path(""), &argv));
+    lab.until("both workers", |rows| {
+        rows.iter().filter(|row| row.ppid == server.pid).count() == 2
+    });
+    let mut downloads = clients(&lab, "fetch", "8080", "2");
+    hears_more(&mut downloads);
+    let [address, _] = addresses(&lab);
+    let url = format!("http://{address}:8080/page");
+    std::thread::scope(|scope| {
+        let words = ["wrk", "-t", "1", "-c", "40", "-d", SECONDS, "--timeout", "10s", &url];
+        let lab = &lab;
+        let wrk = scope.spawn(move || {
+            let output = lab.node("client").exec(&words);
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+        });
+        let mut moves = 0;
+        for node in ["n2", "n3", "n1"].into_iter().cycle() {
+            if wrk.is_finished() {
+                break;
+            }
+            lab.move_tree(server.pid, node);
+            moves += 1;
+        }
+        let said = wrk.join().unwrap();
+        eprintln!("{moves} moves: {said}");
+        assert!(said.contains("Requests/sec"), "{said}");
+        assert!(!said.contains("Socket errors") && !said.contains("Non-2xx"), "{said}");
+        assert!(moves >= support::LEAST_MOVES, "only {moves} moves");
+    });
+    hears_more(&mut downloads);
+    let said = downloads.last_words();
+    assert!(said.contains(" rounds right"), "{said}");
+}
+
 #[test]
 fn socat_between_a_terminal_and_a_connection() {
     let (lab, workshop) = (Lab::up("srv-tty", &Options::default()), Workshop::new("srv-tty"));

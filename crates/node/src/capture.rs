@@ -13,6 +13,7 @@ pub mod freeze;
 pub mod held;
 mod questions;
 mod reading;
+pub mod shared;
 mod sleep;
 pub mod space;
 mod surroundings;
@@ -255,6 +256,7 @@ impl Source {
             let listing = space::listing(&dir)?;
             let layout = dir.stat()?.layout;
             let space = space::read(pid, &dir, hole, layout, answers.brk, &listing, &mut obstacles)?;
+            shared::look(pid, &space, around, &mut obstacles);
             let glimpses = descriptors::glimpse(&dir)?;
             // It may have finished reading by the freeze, or be held there for so long already.
             reading::look(pid, host, &glimpses);

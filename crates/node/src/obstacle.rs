@@ -32,7 +32,7 @@ pub fn descriptor(pid: Pid, number: i32, what: impl Display, why: &str, hint: &s
 }
 
 /// One obstacle about a mapping.
-pub fn mapping(pid: Pid, range: (u64, u64), what: &[u8], why: &str, hint: &str) -> Obstacle {
+pub fn mapping(pid: Pid, range: (u64, u64), what: &[u8], why: impl Into<String>, hint: &str) -> Obstacle {
     let what = String::from_utf8_lossy(what);
     obstacle(
         pid,

@@ -34,6 +34,7 @@ use dunlin_sys::ptrace::{Options, TraceError};
 use dunlin_sys::script::ScriptError;
 use rustix::fs::OFlags;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -185,7 +186,7 @@ pub fn examine(plan: &Plan, root: &OwnedFd, shared: &[PathBuf]) -> Vec<Obstacle>
                     look(file, OFlags::RDWR, Use::Identity);
                 }
             }
-            MappingKind::Anonymous | MappingKind::Kernel(_) => {}
+            MappingKind::Anonymous | MappingKind::SharedMemory { .. } | MappingKind::Kernel(_) => {}
         }
     }
     for description in &plan.image.files.descriptions {
@@ -254,6 +255,8 @@ pub struct Common {
     /// Memories with a descriptor, by number, and those that have been made anew inside the freeze.
     pub(crate) memories: BTreeMap<u64, OwnedFd>,
     pub(crate) remade: BTreeSet<u64>,
+    /// Shared memory, by number.
+    pub(crate) shared: BTreeMap<u64, File>,
     /// Sockets of the plan have been made anew inside the freeze.
     pub(crate) sockets_remade: bool,
     /// Unix sockets that are being made.

@@ -89,7 +89,10 @@ pub fn compare_space(host: i32, space: &Space, without: (u64, u64)) -> Result<()
         .iter()
         .filter(|m| !matches!(m.kind, MappingKind::Kernel(_)));
     let wanted = join(&mut wanted.map(|m| {
-        let shared = matches!(m.kind, MappingKind::SharedFile { .. });
+        let shared = matches!(
+            m.kind,
+            MappingKind::SharedFile { .. } | MappingKind::SharedMemory { .. }
+        );
         (m.start, m.end, m.protection, shared, m.kind != MappingKind::Anonymous)
     }));
     let differs = wanted

@@ -191,6 +191,15 @@ pub enum MappingKind {
         /// The file must be opened for writing.
         writable: bool,
     },
+    /// Memory without a name that several processes may share (MAP_SHARED with MAP_ANONYMOUS).
+    SharedMemory {
+        /// Which: the same number in all processes of a move.
+        memory: u64,
+        /// Where it begins in that memory.
+        offset: u64,
+        /// The length of the whole memory, in bytes.
+        length: u64,
+    },
     /// The kernel's own: `[vdso]`, `[vvar]`, `[vvar_vclock]`, in this order of the letter.
     Kernel(KernelMapping),
 }
@@ -299,6 +308,17 @@ pub struct Pages {
     pub bytes: Vec<u8>,
 }
 
+/// Bytes of shared memory: what is not in any was never written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedBytes {
+    /// Which.
+    pub memory: u64,
+    /// Where in it.
+    pub offset: u64,
+    /// What is there.
+    pub bytes: Vec<u8>,
+}
+
 /// What the destination prepares from, while the program runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
@@ -343,6 +363,8 @@ pub struct Essence {
     pub file_pages_dropped: Vec<u64>,
     /// The hot pages of anonymous memory.
     pub hot_pages: Vec<Pages>,
+    /// What is in shared memory; each is with one of the processes that have it.
+    pub shared: Vec<SharedBytes>,
     /// CLOCK_MONOTONIC and CLOCK_BOOTTIME of its time namespace inside the freeze, nanoseconds.
     pub clocks_ns: [i64; 2],
 }

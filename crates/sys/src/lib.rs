@@ -26,6 +26,7 @@ pub mod puppet;
 pub mod refuge;
 pub mod script;
 pub mod seccomp;
+pub mod shared;
 pub mod sigwait;
 pub mod sockdiag;
 pub mod socket;

@@ -5,6 +5,7 @@ what went wrong.
                                a publisher to a subscriber: each must come once, in order
   lines ADDRESS PORT COUNT     lines, to a server that swaps their cases
   post ADDRESS PORT COUNT      HTTP requests with a body, to a server that answers with its SHA-256; a new connection now and then
+  fetch ADDRESS PORT COUNT     downloads of /big, whose SHA-256 is in /digest
 """
 import hashlib
 import http.client
@@ -153,7 +154,24 @@ class Post(Talk):
             self.connection.close()  # the next request connects anew
 
 
-KINDS = {"redis": Pipeline, "lines": Lines, "post": Post}
+class Fetch(Post):
+    def get(self, path):
+        self.connection.request("GET", path)
+        return self.connection.getresponse()
+
+    def open(self):
+        super().open()
+        self.digest = self.get("/digest").read().decode().strip()
+
+    def round(self, dice):
+        answer, digest = self.get("/big"), hashlib.sha256()
+        while part := answer.read(1 << 16):
+            digest.update(part)
+        if digest.hexdigest() != self.digest:
+            raise ValueError("what was downloaded is not what is there")
+
+
+KINDS = {"redis": Pipeline, "lines": Lines, "post": Post, "fetch": Fetch}
 what, address, port, count = sys.argv[1:]
 address = (address, int(port))
 talks = [KINDS[what](address, number) for number in range(int(count))]

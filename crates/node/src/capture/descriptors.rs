@@ -119,6 +119,8 @@ pub struct Met {
     all: Vec<Known>,
     /// Those of each name.
     named: HashMap<PathBuf, Vec<usize>>,
+    /// Shared memory that was met in this round.
+    memories: BTreeSet<u64>,
     round: u32,
     /// Handles on descriptions in flight.
     held: Vec<OwnedFd>,
@@ -136,6 +138,12 @@ impl Met {
     pub fn begin(&mut self) {
         self.round += 1;
         self.held.clear();
+        self.memories.clear();
+    }
+
+    /// Is this the first time in this round that this memory is met?
+    pub(crate) fn is_first(&mut self, memory: u64) -> bool {
+        self.memories.insert(memory)
     }
 
     /// The key of a description.

@@ -8,8 +8,8 @@ use super::held;
 use super::questions::{ProcessQuestions, ThreadQuestions};
 use super::threads::{self, FrozenThread};
 use super::{
-    CaptureError, Memory, PAGE, SCRIPT_MASK, Source, descriptors, ended, parked, read_traits, reading, sleep, space,
-    stop_one, waker, writes,
+    CaptureError, Memory, PAGE, SCRIPT_MASK, Source, descriptors, ended, parked, read_traits, reading, shared, sleep,
+    space, stop_one, waker, writes,
 };
 use crate::capture::Surroundings;
 use crate::capture::{Met, Trap};
@@ -313,6 +313,12 @@ impl Frozen {
         self.stopped_by = stopped_by.filter(|_| !self.pending.contains(&SIGCONT));
         let mut obstacles = Vec::new();
         let space = self.space_now(process.brk, &mut obstacles)?;
+        shared::look(
+            self.source.pid,
+            space.as_ref().unwrap_or(&self.source.plan.image.space),
+            around,
+            &mut obstacles,
+        );
         let files = self.files_now(around, met, &mut obstacles)?;
         if !obstacles.is_empty() {
             return Err(CaptureError::Obstacles(obstacles));
@@ -322,6 +328,7 @@ impl Frozen {
         }
         let (file_pages, file_pages_dropped) = self.file_pages_now()?;
         let hot_pages = self.hot_pages(&images);
+        let shared = shared::read(&self.source.dir, &self.source.plan.image.space, met)?;
         Ok(Essence {
             lineage,
             traits: read_traits(&self.source.dir, &status, &process)?,
@@ -333,6 +340,7 @@ impl Frozen {
             file_pages,
             file_pages_dropped,
             hot_pages,
+            shared,
             threads: images,
             clocks_ns,
         })

@@ -3,6 +3,7 @@
 //! Owns the classification of mappings. Refuses to read or copy a page of anonymous memory. Invariant: a mapping that
 //! is not understood is an obstacle, never passed over.
 
+use super::shared;
 use crate::files::file_ref;
 use crate::obstacle;
 use dunlin_proto::control::Obstacle;
@@ -141,6 +142,11 @@ fn classify(
             "close the device; processes that drive hardware stay where it is",
         )),
         _ if !mapping.has_file() && !mapping.shared => Ok(MappingKind::Anonymous),
+        _ if shared::is(mapping) => {
+            let link = dir.path(&format!("map_files/{:x}-{:x}", mapping.start, mapping.end));
+            shared::classify(mapping, &link)?
+                .map_err(|why| (why, "keep the process on this node, or give it less shared memory"))
+        }
         name if name.ends_with(b" (deleted)") || name.starts_with(b"/memfd:") || name.starts_with(b"/SYSV") => {
             if mapping.shared {
                 Err((

@@ -2,6 +2,7 @@
 //!
 //! Owns the questions "does anybody who stays hold this too?". Refuses to change anything.
 
+use super::shared;
 use crate::edge::Inside;
 use dunlin_proto::ids::{Pid, RunId};
 use dunlin_sys::procfs::ProcDir;
@@ -30,6 +31,7 @@ pub struct Surroundings<'a> {
     newcomers: RefCell<HashMap<i32, Vec<(u64, u64)>>>,
     diagnosis: OnceCell<OwnedFd>,
     sockets: OnceCell<HashSet<u64>>,
+    memories: OnceCell<HashMap<u64, Pid>>,
 }
 
 impl<'a> Surroundings<'a> {
@@ -51,6 +53,7 @@ impl<'a> Surroundings<'a> {
             newcomers: RefCell::default(),
             diagnosis: OnceCell::new(),
             sockets: OnceCell::new(),
+            memories: OnceCell::new(),
         }
     }
 
@@ -134,6 +137,20 @@ impl<'a> Surroundings<'a> {
             .iter()
             .find(|((_, ino), _)| *ino == inode)
             .map(|(_, pid)| *pid))
+    }
+
+    /// A process that stays and has this shared memory mapped.
+    pub fn maps_outside(&self, memory: u64) -> Option<Pid> {
+        let newcomers = self.newcomers.borrow();
+        if let Some(host) = newcomers.keys().find(|host| shared::of(**host).contains(&memory)) {
+            return Some(number_of(*host));
+        }
+        let memories = self.memories.get_or_init(|| {
+            let all = self.staying.iter();
+            all.flat_map(|(host, pid)| shared::of(*host).into_iter().map(|memory| (memory, *pid)))
+                .collect()
+        });
+        memories.get(&memory).copied()
     }
 
     fn holders(&self) -> &HashMap<(u64, u64), Pid> {

@@ -218,6 +218,15 @@ impl Blank {
             self.write_file_pages(run)?;
         }
         mappings::drop_pages(self, &essence.file_pages_dropped)?;
+        for part in &essence.shared {
+            let memory = kit.common.shared.get(&part.memory).ok_or(RestoreError::Unsound {
+                pid: self.pid,
+                why: "bytes of shared memory that it does not have",
+            })?;
+            memory
+                .write_all_at(&part.bytes, part.offset)
+                .during(self.pid, "filling shared memory")?;
+        }
         for run in &essence.hot_pages {
             self.check_pages(run)?;
             self.uffd
@@ -573,7 +582,7 @@ fn check_sound(pid: Pid, image: &ProcessImage) -> Result<(), RestoreError> {
     }
     let file_of = |kind| match kind {
         MappingKind::PrivateFile { file, .. } | MappingKind::SharedFile { file, .. } => Some(file),
-        MappingKind::Anonymous | MappingKind::Kernel(_) => None,
+        MappingKind::Anonymous | MappingKind::SharedMemory { .. } | MappingKind::Kernel(_) => None,
     };
     if mappings
         .iter()

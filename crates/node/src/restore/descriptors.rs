@@ -79,7 +79,12 @@ pub fn connect_at_last(blanks: &[Blank], kit: &mut Kit<'_>) -> Result<(), Restor
     unix::fill(blanks, kit)?;
     epoll::connect(blanks, true, kit)?;
     owner::set(blanks)?;
-    kit.common = Common::default();
+    // Mappings are corrected after this.
+    let shared = std::mem::take(&mut kit.common.shared);
+    kit.common = Common {
+        shared,
+        ..Common::default()
+    };
     Ok(())
 }
 

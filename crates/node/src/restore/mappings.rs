@@ -16,7 +16,8 @@ use dunlin_sys::script::{ARENA_BYTES, Script};
 use dunlin_sys::uffd::{Features, Uffd, Watch};
 use rustix::fs::OFlags;
 use std::collections::BTreeSet;
-use std::os::fd::AsFd;
+use std::collections::btree_map::Entry;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 const SYS_MMAP: i64 = 9;
@@ -145,6 +146,19 @@ pub fn map(
     let mut obstacles = Vec::new();
     for m in mappings {
         let (file, flags, how) = match m.kind {
+            MappingKind::SharedMemory { memory, length, .. } => {
+                if let Entry::Vacant(place) = numbers.entry(Behind::Memory(memory)) {
+                    let fd = shared_memory(kit, memory, length).during(pid, "making shared memory")?;
+                    let number = first + wanted.len() as i32;
+                    wanted.push(Wanted {
+                        fd,
+                        number,
+                        close_on_exec: true,
+                    });
+                    place.insert(number);
+                }
+                continue;
+            }
             MappingKind::PrivateFile { file, .. } => (file, OFlags::RDONLY, Use::Content),
             MappingKind::SharedFile {
                 file, writable: false, ..
@@ -154,7 +168,7 @@ pub fn map(
             } => (file, OFlags::RDWR, Use::Identity),
             MappingKind::Anonymous | MappingKind::Kernel(_) => continue,
         };
-        let key = (file, flags.bits());
+        let key = Behind::File(file, flags.bits());
         if numbers.contains_key(&key) {
             continue;
         }
@@ -188,11 +202,28 @@ pub fn map(
             thread = script.run(thread).during(pid, "mapping")?.0;
             script = Script::new(&foothold.arena);
         }
-        add_mapping(&mut script, m, |file, flags| numbers[&(file, flags.bits())]);
+        add_mapping(&mut script, m, |behind| numbers[&behind]);
     }
     script.attempt("close_range", SYS_CLOSE_RANGE, &[first as u64, u64::from(u32::MAX), 0]);
     script.run(thread).during(pid, "mapping")?;
     Ok(())
+}
+
+/// What is mapped: one descriptor each.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+enum Behind {
+    /// One of the listed files, opened with these flags.
+    File(u32, u32),
+    Memory(u64),
+}
+
+/// A descriptor of shared memory, which is made with the first process that has it.
+fn shared_memory(kit: &mut Kit<'_>, memory: u64, length: u64) -> std::io::Result<OwnedFd> {
+    let made = match kit.common.shared.entry(memory) {
+        Entry::Occupied(made) => made.into_mut(),
+        Entry::Vacant(place) => place.insert(dunlin_sys::shared::make(length)?),
+    };
+    Ok(made.try_clone()?.into())
 }
 
 /// The first number above all descriptors that are open.
@@ -203,7 +234,7 @@ fn free_numbers(host: i32) -> std::io::Result<i32> {
         .map_or(FIRST_FD, |n| (n + 1).max(FIRST_FD)))
 }
 
-fn add_mapping(script: &mut Script<'_>, m: &Mapping, fd_of: impl Fn(u32, OFlags) -> i32) {
+fn add_mapping(script: &mut Script<'_>, m: &Mapping, number_of: impl Fn(Behind) -> i32) {
     let has = |flag: &[u8; 2]| m.flags.contains(flag);
     let mut flags = MAP_FIXED_NOREPLACE;
     if has(b"gd") {
@@ -215,10 +246,14 @@ fn add_mapping(script: &mut Script<'_>, m: &Mapping, fd_of: impl Fn(u32, OFlags)
     let (kind, fd, offset) = match m.kind {
         MappingKind::Kernel(_) => return,
         MappingKind::Anonymous => (MAP_PRIVATE | MAP_ANONYMOUS, -1, 0),
-        MappingKind::PrivateFile { file, offset } => (MAP_PRIVATE, fd_of(file, OFlags::RDONLY), offset),
+        MappingKind::PrivateFile { file, offset } => {
+            let behind = Behind::File(file, OFlags::RDONLY.bits());
+            (MAP_PRIVATE, number_of(behind), offset)
+        }
+        MappingKind::SharedMemory { memory, offset, .. } => (MAP_SHARED, number_of(Behind::Memory(memory)), offset),
         MappingKind::SharedFile { file, offset, writable } => {
             let flags = if writable { OFlags::RDWR } else { OFlags::RDONLY };
-            (MAP_SHARED, fd_of(file, flags), offset)
+            (MAP_SHARED, number_of(Behind::File(file, flags.bits())), offset)
         }
     };
     let length = m.end - m.start;
@@ -365,6 +400,7 @@ pub fn correct(blank: &mut Blank, space: &Space, kit: &mut Kit<'_>) -> Result<Re
             let file = &s.files[file as usize];
             Some((file.path.clone(), file.inode, offset))
         }
+        MappingKind::SharedMemory { memory, offset, .. } => Some((Vec::new(), memory, offset)),
         MappingKind::Anonymous | MappingKind::Kernel(_) => None,
     };
     let same = |a: &Mapping, b: &Mapping, old: &Space| {
