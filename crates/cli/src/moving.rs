@@ -7,12 +7,19 @@ use crate::exit::{self, Failed, Outcome, REFUSED};
 use crate::processes::bytes;
 use crate::progress::ProgressLine;
 use crate::{MoveArgs, Whom};
-use dunlin_proto::control::{MoveMode, MoveReport, MoveRequest, Obstacle, Reply, Request};
+use dunlin_proto::control::{MoveMode, MoveReport, MoveRequest, Obstacle, Reply, Request, Side, Step};
 use dunlin_proto::ids::Pid;
 use serde::Serialize;
 use std::fmt::Write as _;
 
 /// A move as `move --json` shows it: these names are relied on.
+#[derive(Debug, Serialize)]
+struct JsonStep<'a> {
+    side: &'static str,
+    step: &'a str,
+    us: f64,
+}
+
 #[derive(Debug, Serialize)]
 struct JsonReport<'a> {
     pid: i32,
@@ -31,6 +38,7 @@ struct JsonReport<'a> {
     /// Of `--verify` alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     verified_pages: Option<u64>,
+    phases_us: Vec<JsonStep<'a>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -198,6 +206,18 @@ fn json_report(r: &MoveReport) -> JsonReport<'_> {
             p99: r.fault_us.p99,
         },
         verified_pages: r.verified_pages,
+        phases_us: r.steps.iter().map(json_step).collect(),
+    }
+}
+
+fn json_step(step: &Step) -> JsonStep<'_> {
+    JsonStep {
+        side: match step.side {
+            Side::Source => "source",
+            Side::Destination => "destination",
+        },
+        step: &step.name,
+        us: step.us,
     }
 }
 

@@ -40,6 +40,11 @@ fn report(pid: i32) -> MoveReport {
         faults_avoided_ratio: 0.97,
         fault_us: Quantiles { p50: 20.0, p99: 100.0 },
         verified_pages: None,
+        steps: vec![Step {
+            side: Side::Source,
+            name: "stop".into(),
+            us: 12.5,
+        }],
     }
 }
 
@@ -124,6 +129,7 @@ fn move_shows_exactly_the_promised_fields() {
         "pid": 129, "from": "n1", "to": "n2", "mode": "hybrid", "freeze_ms": 0.5, "essence_bytes": 8192,
         "prepare_ms": 3.0, "resumed_ms": 4.0, "drained_ms": null, "pages_faulted": 3, "pages_pushed": 97,
         "faults_avoided_ratio": 0.97, "fault_us": {"p50": 20.0, "p99": 100.0},
+        "phases_us": [{"side": "source", "step": "stop", "us": 12.5}],
     });
     assert_eq!(one, expected);
     let tree = parsed(&fake.dunlin(&[&asked[..], &["--tree"]].concat()).stdout);

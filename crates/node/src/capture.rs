@@ -348,6 +348,12 @@ impl Source {
         self.plan.image.files.streams()
     }
 
+    /// Has it locks of files?
+    pub fn has_locks(&self) -> bool {
+        let mut all = self.plan.image.files.descriptions.iter();
+        all.any(|description| !description.locks.is_empty())
+    }
+
     /// How far its time namespace's clocks are ahead of this daemon's, nanoseconds.
     pub fn clock_offsets(&self) -> [i64; 2] {
         clock_offsets(&self.dir)
@@ -416,8 +422,14 @@ fn refuse_at_once(pid: Pid, dir: &ProcDir, status: &Status) -> Result<(), Captur
 
 /// Stops one thread; one that does not stop is an obstacle.
 fn stop_one(pid: Pid, running: Running) -> Result<(Stopped, Stop), CaptureError> {
+    running.interrupt()?;
+    await_stop(pid, running)
+}
+
+/// Waits for a thread that was asked to stop.
+fn await_stop(pid: Pid, running: Running) -> Result<(Stopped, Stop), CaptureError> {
     running
-        .stop(Instant::now() + STOP_PATIENCE)
+        .stopped(Instant::now() + STOP_PATIENCE)
         .map_err(|error| match error {
             TraceError::Unstoppable { tid, .. } => CaptureError::Obstacles(vec![unstoppable(pid, tid)]),
             other => other.into(),

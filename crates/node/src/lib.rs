@@ -25,5 +25,6 @@ pub mod restore;
 pub mod runs;
 pub mod signals;
 pub mod sockets;
+pub mod steps;
 pub mod streams;
 pub mod verify;

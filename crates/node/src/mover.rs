@@ -248,6 +248,7 @@ impl Mover {
 
     /// Reads the words of a peer until its connection ends.
     pub fn serve(&self, from: Slot, mut stream: TcpStream) {
+        dunlin_sys::inspect::be_prompt();
         while let Ok(msg) = frame::read::<MoveMsg>(&mut stream) {
             self.receive(from, msg);
         }
@@ -272,6 +273,18 @@ impl Mover {
 
     /// Takes a word to whom it is for.
     fn receive(&self, from: Slot, msg: MoveMsg) {
+        // What is long is handed on as it is.
+        let msg = match msg {
+            MoveMsg::SourceToDestination(id, word @ SourceToDestination::Essence { .. }) => {
+                let event = DestinationEvent::FromSource(from, word);
+                match self.to_destination(id, event) {
+                    Ok(()) => return,
+                    Err(DestinationEvent::FromSource(_, word)) => MoveMsg::SourceToDestination(id, word),
+                    Err(_) => return,
+                }
+            }
+            other => other,
+        };
         let delivered = match &msg {
             MoveMsg::SourceToHome(id, word) => {
                 return self.decide(HomeEvent::FromSource(from, *id, word.clone()));
@@ -285,10 +298,12 @@ impl Mover {
                 self.to_source(*id, SourceEvent::FromDestination(from, word.clone()))
             }
             MoveMsg::HomeToDestination(id, word) => {
-                self.to_destination(*id, DestinationEvent::FromHome(from, word.clone()))
+                let event = DestinationEvent::FromHome(from, word.clone());
+                self.to_destination(*id, event).is_ok()
             }
             MoveMsg::SourceToDestination(id, word) => {
-                let known = self.to_destination(*id, DestinationEvent::FromSource(from, word.clone()));
+                let event = DestinationEvent::FromSource(from, word.clone());
+                let known = self.to_destination(*id, event).is_ok();
                 if let SourceToDestination::Propose { home, payload } = word
                     && !known
                     && id.source == from
@@ -331,9 +346,15 @@ impl Mover {
         sender.is_some_and(|s| s.send(Word::Source(event)).is_ok())
     }
 
-    fn to_destination(&self, id: MoveId, event: DestinationEvent) -> bool {
-        let sender = lock(&self.destinations).get(&id).cloned();
-        sender.is_some_and(|s| s.send(Word::Destination(event)).is_ok())
+    /// Hands an event to the thread of a move; back, if there is none.
+    fn to_destination(&self, id: MoveId, event: DestinationEvent) -> Result<(), DestinationEvent> {
+        let Some(sender) = lock(&self.destinations).get(&id).cloned() else {
+            return Err(event);
+        };
+        sender.send(Word::Destination(event)).map_err(|unsent| match unsent.0 {
+            Word::Destination(event) => event,
+            Word::Source(_) => DestinationEvent::Tick,
+        })
     }
 
     /// Monotonic time since the mover was made, as the machines want it.

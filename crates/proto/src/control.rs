@@ -392,6 +392,28 @@ pub struct MoveReport {
     pub fault_us: Quantiles,
     /// What `verify` compared; `None` without it.
     pub verified_pages: Option<u64>,
+    /// What the freeze consisted of: the source's steps up to its waiting, and the destination's, which fall into it.
+    pub steps: Vec<Step>,
+}
+
+/// A part of a freeze.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Step {
+    /// Who did it.
+    pub side: Side,
+    /// What was done.
+    pub name: String,
+    /// How long that took, in microseconds; all together if it was done several times.
+    pub us: f64,
+}
+
+/// Who does something in a move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Side {
+    /// The node that gives the process away.
+    Source,
+    /// The node that takes it.
+    Destination,
 }
 
 /// Two quantiles, in microseconds.

@@ -261,6 +261,7 @@ pub struct ThreadImage {
     /// `user_regs_struct`, 27 words.
     pub registers: Vec<u64>,
     /// XSAVE area.
+    #[serde(with = "crate::bytes")]
     pub xstate: Vec<u8>,
     /// Blocked signals.
     pub mask: u64,
@@ -305,6 +306,7 @@ pub struct Pages {
     /// The first page's address.
     pub address: u64,
     /// Whole pages.
+    #[serde(with = "crate::bytes")]
     pub bytes: Vec<u8>,
 }
 

@@ -5,6 +5,7 @@
 //! whatever arrives is parsed and never trusted; [`PROTOCOL`] is raised by every change that an older peer would
 //! misread.
 
+mod bytes;
 pub mod control;
 pub mod endpoint;
 pub mod frame;

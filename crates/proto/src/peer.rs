@@ -291,7 +291,7 @@ pub enum Located {
 }
 
 /// How far the pages of a moved process have come.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Drain {
     /// Pages elsewhere when it came.
     pub pages_total: u64,
@@ -309,4 +309,8 @@ pub struct Drain {
     pub finished: bool,
     /// How many pages were compared with the original before it ran.
     pub verified_pages: Option<u64>,
+    /// What the destination did inside the freeze.
+    pub steps: Vec<crate::control::Step>,
+    /// For how long it had been running when the source was told so, in microseconds.
+    pub told_after_us: f64,
 }

@@ -171,11 +171,13 @@ pub enum SourceToDestination {
         /// Who will decide.
         home: Slot,
         /// What it is.
+        #[serde(with = "crate::bytes")]
         payload: Vec<u8>,
     },
     /// Make everything that can be made while it still runs here.
     Prepare {
         /// What of.
+        #[serde(with = "crate::bytes")]
         payload: Vec<u8>,
     },
     /// It is parked: rebuild it, verify it, and ask the home.
@@ -183,6 +185,7 @@ pub enum SourceToDestination {
         /// The processes; the first is the root.
         members: Vec<Member>,
         /// What they are.
+        #[serde(with = "crate::bytes")]
         payload: Vec<u8>,
     },
     /// It is off. Without effect on a destination that has asked the home: there the home's word counts.
@@ -197,6 +200,7 @@ pub enum DestinationToSource {
     /// I would.
     Accept {
         /// What the source's engine should know.
+        #[serde(with = "crate::bytes")]
         payload: Vec<u8>,
     },
     /// I would not.
@@ -207,6 +211,7 @@ pub enum DestinationToSource {
     /// All is made that can be made.
     Prepared {
         /// What the source's engine should know.
+        #[serde(with = "crate::bytes")]
         payload: Vec<u8>,
     },
     /// I could not. I have destroyed what I had and never asked for the commit, nor will I.

@@ -5,6 +5,7 @@
 //! sound; a kernel answer is parsed, never asserted.
 
 pub mod addfd;
+pub mod batch;
 pub mod bpf;
 pub mod fdcalls;
 pub mod fdpass;

@@ -10,7 +10,7 @@
 use crate::{Errno, check};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// General registers, as `PTRACE_GETREGS` has them.
 pub type Registers = libc::user_regs_struct;
@@ -153,7 +153,9 @@ impl Running {
 
     /// Waits like [`Running::wait`], but at most until `deadline`.
     pub fn wait_until(self, deadline: Option<Instant>) -> Result<Event, TraceError> {
-        const SPINS: u32 = 400;
+        /// Then it may be this CPU that the thread needs.
+        const SPINS: u32 = 40;
+        const NAP: Duration = Duration::from_micros(15);
         let mut spins = 0;
         loop {
             let block = deadline.is_none() && spins >= SPINS;
@@ -172,7 +174,7 @@ impl Running {
                             millis: 0,
                         });
                     }
-                    std::thread::yield_now();
+                    std::thread::sleep(NAP);
                 }
             }
         }
@@ -215,6 +217,11 @@ impl Running {
     /// the first instruction of the handler.
     pub fn stop(self, deadline: Instant) -> Result<(Stopped, Stop), TraceError> {
         self.interrupt()?;
+        self.stopped(deadline)
+    }
+
+    /// Like [`Running::stop`], of a thread that was [asked](Running::interrupt) to.
+    pub fn stopped(self, deadline: Instant) -> Result<(Stopped, Stop), TraceError> {
         let started = Instant::now();
         let mut running = self;
         loop {
@@ -278,10 +285,10 @@ impl Stopped {
 
     /// The extended state (x87, SSE, AVX, …) in the layout of XSAVE, appended to `into`.
     pub fn xstate(&self, into: &mut Vec<u8>) -> Result<(), TraceError> {
-        into.resize(MAX_XSTATE_BYTES, 0);
+        let mut state = [0u8; MAX_XSTATE_BYTES];
         let mut part = libc::iovec {
-            iov_base: into.as_mut_ptr().cast(),
-            iov_len: into.len(),
+            iov_base: state.as_mut_ptr().cast(),
+            iov_len: state.len(),
         };
         request(
             self.tid,
@@ -290,7 +297,7 @@ impl Stopped {
             NT_X86_XSTATE,
             &raw mut part as usize,
         )?;
-        into.truncate(part.iov_len);
+        into.extend_from_slice(&state[..part.iov_len.min(MAX_XSTATE_BYTES)]);
         Ok(())
     }
 

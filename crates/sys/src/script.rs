@@ -6,7 +6,7 @@
 //! caller's registers are back, so that a tracer that dies leaves the thread where it was; if it dies during a run, the
 //! thread waits at the script's end; what it was is told by the arena's [held](Arena::hold) threads; a thread with its
 //! stack at the [landing](Arena::landing) comes to the same place from a call that is injected into it; a child made by a
-//! record marked [`Script::child_parks`] waits in `pause` for ever; records of one arena are run by one thread at a time.
+//! record marked [`Script::child_parks`] waits in `pause` for ever; a record of an arena is run by one thread.
 
 use crate::ptrace::{Event, Registers, Running, Stop, Stopped, TraceError};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -46,13 +46,14 @@ std::arch::global_asm!(
     "4: add rbx, 64",
     "   dec r12",
     "   jmp 2b",
-    // r13: the word that says that the script is over. The tracer stops the thread then; if there is none any more, it
-    // waits, where a breakpoint would kill it.
+    // r13: the word that says that the script is over; r14: for how many turns it stays awake then. The tracer stops the
+    // thread meanwhile; if there is none any more, it waits, where a breakpoint would kill it.
     "5: mov qword ptr [r13], 1",
-    "   mov ecx, 4000",
-    "6: pause",
-    "   dec ecx",
-    "   jnz 6b",
+    "6: test r14, r14",
+    "   jz dunlin_script_park",
+    "   pause",
+    "   dec r14",
+    "   jmp 6b",
     "dunlin_script_park:",
     "   mov eax, 34",
     "   syscall",
@@ -101,6 +102,8 @@ const NOTE_AT: u64 = HELD_AT + 64;
 const LANDING_AT: u64 = HELD_AT + 192;
 const REGISTER_WORDS: usize = size_of::<Registers>() / 8;
 const MUST_SUCCEED: u64 = 1 << 32;
+/// So long a thread stays awake at the end of its script, until the tracer has seen that it is over.
+pub(crate) const SPINS_AT_END: u64 = 4000;
 const CHILD_PARKS: u64 = 2 << 32;
 
 /// What a thread was before it was made to do something else.
@@ -305,6 +308,11 @@ impl Arena {
         bytes
     }
 
+    /// Has the target set this word?
+    pub(crate) fn is_set(&self, word: Buffer) -> bool {
+        self.word(word.offset).load(Ordering::Acquire) != 0
+    }
+
     fn answer(&self, record: u64) -> i64 {
         let at = PAGE + record * RECORD_BYTES + 56;
         // SAFETY: a record's answer is an aligned u64 inside the mapping; the target may have written it, hence atomic.
@@ -497,6 +505,16 @@ impl<'a> Script<'a> {
 
     fn store(&self, thread: &Stopped, before: &Registers) -> Result<u64, ScriptError> {
         let count = self.records.len() as u64;
+        self.write_records()?;
+        self.arena.word(DONE_AT).store(0, Ordering::Release);
+        let done = self.arena.base + DONE_AT;
+        thread.set_registers(&self.entry(before, 0, count, done, SPINS_AT_END))?;
+        Ok(count)
+    }
+
+    /// Puts the records where the target can read them.
+    pub(crate) fn write_records(&self) -> Result<(), ScriptError> {
+        let count = self.records.len() as u64;
         if PAGE + count * RECORD_BYTES > self.low {
             return Err(ScriptError::TooLarge {
                 records: self.records.len(),
@@ -509,19 +527,37 @@ impl<'a> Script<'a> {
             }
             self.arena.write(PAGE + index as u64 * RECORD_BYTES, &bytes);
         }
-        let registers = Registers {
+        Ok(())
+    }
+
+    /// What the calls have answered, once all have been made.
+    pub(crate) fn answers(&self, stopped_by: Option<i32>) -> Answers<'a> {
+        Answers {
+            arena: self.arena,
+            stopped_by,
+        }
+    }
+
+    /// The registers with which a thread makes `count` calls from the `first` on.
+    pub(crate) fn entry(&self, before: &Registers, first: usize, count: u64, done: u64, spins: u64) -> Registers {
+        Registers {
             rip: self.arena.base,
-            rbx: self.arena.base + PAGE,
+            rbx: self.arena.base + PAGE + first as u64 * RECORD_BYTES,
             r12: count,
-            r13: self.arena.base + DONE_AT,
+            r13: done,
+            r14: spins,
             // No restart logic of an interrupted call may move the instruction pointer.
             orig_rax: u64::MAX,
             rax: 0,
             ..*before
-        };
-        self.arena.word(DONE_AT).store(0, Ordering::Release);
-        thread.set_registers(&registers)?;
-        Ok(count)
+        }
+    }
+
+    /// The error that this call was.
+    pub(crate) fn failed_at(&self, index: usize) -> ScriptError {
+        let errno = crate::Errno(-self.arena.answer(index as u64) as i32);
+        let name = self.names.get(index).copied().unwrap_or("?");
+        ScriptError::Call { name, index, errno }
     }
 
     #[allow(clippy::type_complexity)] // one pair, used by the two functions above
@@ -534,35 +570,21 @@ impl<'a> Script<'a> {
         let (thread, stopped_by) = self.await_end(thread.resume(0)?)?;
         let left = thread.registers()?.r12;
         if left == 0 {
-            let answers = Answers {
-                arena: self.arena,
-                stopped_by,
-            };
-            return Ok((thread, Ok(answers)));
+            return Ok((thread, Ok(self.answers(stopped_by))));
         }
         let index = (count - left.min(count)) as usize;
-        let errno = crate::Errno(-self.arena.answer(index as u64) as i32);
-        let name = self.names.get(index).copied().unwrap_or("?");
-        Ok((thread, Err(ScriptError::Call { name, index, errno })))
+        Ok((thread, Err(self.failed_at(index))))
     }
 
     /// Waits until the script is over, and stops the thread. Also tells what its process is stopped by, apart from this.
     fn await_end(&self, mut running: Running) -> Result<(Stopped, Option<i32>), ScriptError> {
-        /// Awake for so long; then the thread may need this CPU; then the call is one that takes its time.
-        const SPINS: u32 = 4_000;
-        const YIELDS: u32 = SPINS + 2_000;
-        const NAP: std::time::Duration = std::time::Duration::from_micros(30);
         let tid = running.tid();
         let unexpected = |stop| Err(TraceError::Unexpected { tid, stop }.into());
         let mut turns = 0u32;
         while self.arena.word(DONE_AT).load(Ordering::Acquire) == 0 {
             turns = turns.saturating_add(1);
-            match turns {
-                ..SPINS => std::hint::spin_loop(),
-                SPINS..YIELDS => std::thread::yield_now(),
-                YIELDS.. => std::thread::sleep(NAP),
-            }
-            if turns < SPINS && !turns.is_multiple_of(128) {
+            rest(turns);
+            if !looks(turns) {
                 continue;
             }
             running = match running.poll()? {
@@ -588,4 +610,21 @@ impl<'a> Script<'a> {
             };
         }
     }
+}
+
+/// Waits a little for a thread that is in the loop. Awake at first; then it may be this CPU that the thread wants. (To
+/// yield is no help: on a busy machine that gives the CPU to whoever else runs, for a whole slice.)
+pub(crate) fn rest(turns: u32) {
+    const SPINS: u32 = 640;
+    const NAP: std::time::Duration = std::time::Duration::from_micros(15);
+    if turns < SPINS {
+        std::hint::spin_loop();
+    } else {
+        std::thread::sleep(NAP);
+    }
+}
+
+/// Whether it is time to see what has become of the thread otherwise.
+pub(crate) fn looks(turns: u32) -> bool {
+    turns.is_multiple_of(128) || turns > 700
 }

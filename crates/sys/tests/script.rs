@@ -1,8 +1,9 @@
 //! A foothold and scripts in a real program.
 
+use dunlin_sys::batch::Batch;
 use dunlin_sys::foothold::Foothold;
 use dunlin_sys::procfs::ProcDir;
-use dunlin_sys::ptrace::{Options, Registers, Running, Stop};
+use dunlin_sys::ptrace::{Options, Registers, Running, Stop, Stopped};
 use dunlin_sys::refuge::{Others, Refuge};
 use dunlin_sys::script::{Held, NOTE_WORDS, Script, ScriptError};
 use std::process::{Child, Command, Stdio};
@@ -23,6 +24,12 @@ impl Target {
 impl Drop for Target {
     fn drop(&mut self) {
         let _ = self.0.kill();
+        // The first thread has ended when the others have been waited for, each by its tracer.
+        for tid in ProcDir::process(self.pid()).threads().unwrap_or_default() {
+            if tid != self.pid() {
+                let _ = Running::announced(tid).wait();
+            }
+        }
         let _ = self.0.wait();
     }
 }
@@ -206,4 +213,86 @@ fn a_thread_whose_tracer_dies_in_an_injected_call_spins_and_can_be_put_back() {
     thread.detach(0).unwrap();
     // It sleeps until a fixed time: the kernel makes the same call again.
     asleep("230 ");
+}
+
+const THREADS: usize = 7;
+
+/// A program of several threads that sleep, all stopped and ready for scripts, the first one first.
+fn stopped_crowd() -> (Target, Vec<i32>) {
+    let program = format!(
+        "import threading, time\nfor _ in range({THREADS} - 1): threading.Thread(target=time.sleep, args=(1000,)).start()\ntime.sleep(1000)"
+    );
+    let target = Target(Command::new("python3").args(["-c", &program]).spawn().unwrap());
+    let dir = ProcDir::process(target.pid());
+    let asleep = |tid: &i32| {
+        let thread = ProcDir::thread(target.pid(), *tid);
+        thread.text("syscall").unwrap_or_default().starts_with("230 ")
+    };
+    let tids = loop {
+        let tids = dir.threads().unwrap();
+        if tids.len() == THREADS && tids.iter().all(asleep) {
+            break tids;
+        }
+    };
+    for tid in &tids {
+        let (thread, _) = Running::seize(*tid, Options::default()).unwrap().stop(soon()).unwrap();
+        thread.set_signal_mask(!(1 << (libc::SIGTRAP - 1))).unwrap();
+    }
+    (target, tids)
+}
+
+#[test]
+fn threads_run_their_scripts_at_once_and_have_their_registers_again() {
+    let (target, tids) = stopped_crowd();
+    let (_, foothold) = Foothold::plant(Stopped::assume(tids[0]), target.pid(), &[]).unwrap();
+    let registers = |tid: i32| Stopped::assume(tid).registers().unwrap();
+    let before: Vec<Registers> = tids.iter().map(|tid| registers(*tid)).collect();
+    // Twice: the second time over what the first has left.
+    for wanted in [1, THREADS] {
+        let mut batch = Batch::new(&foothold.arena);
+        let mut asked = Vec::new();
+        for tid in &tids[..wanted] {
+            let script = batch.lane(*tid);
+            asked.push((script.call("gettid", libc::SYS_gettid, &[]), script.space(8)));
+        }
+        let (answers, beside) = batch.run_beside(|| 42);
+        let answers = answers.unwrap();
+        let told: Vec<i64> = asked.iter().map(|(call, _)| answers.of(*call)).collect();
+        let own: Vec<i64> = tids[..wanted].iter().map(|tid| i64::from(*tid)).collect();
+        assert_eq!((told, beside), (own, 42));
+    }
+    for (tid, before) in tids.iter().zip(&before) {
+        let now = registers(*tid);
+        assert_eq!(
+            (now.rip, now.rsp, now.r12, now.r14),
+            (before.rip, before.rsp, before.r12, before.r14)
+        );
+    }
+}
+
+#[test]
+fn one_thread_that_fails_leaves_all_stopped_and_as_they_were() {
+    let (target, tids) = stopped_crowd();
+    let (_, foothold) = Foothold::plant(Stopped::assume(tids[0]), target.pid(), &[]).unwrap();
+    let before = Stopped::assume(tids[3]).registers().unwrap();
+    let mut batch = Batch::new(&foothold.arena);
+    for (index, tid) in tids.iter().enumerate() {
+        let script = batch.lane(*tid);
+        script.call("gettid", libc::SYS_gettid, &[]);
+        if index == 3 {
+            script.call("close", libc::SYS_close, &[998]);
+        }
+        script.call("getpid", libc::SYS_getpid, &[]);
+    }
+    match batch.run() {
+        Err(ScriptError::Call {
+            name: "close", errno, ..
+        }) => assert_eq!(errno.0, libc::EBADF),
+        other => panic!("{other:?}"),
+    }
+    let now = Stopped::assume(tids[3]).registers().unwrap();
+    assert_eq!((now.rip, now.r12), (before.rip, before.r12));
+    for tid in &tids {
+        assert!(Stopped::assume(*tid).registers().is_ok(), "thread {tid} is not stopped");
+    }
 }

@@ -6,23 +6,26 @@
 
 use super::held;
 use super::questions::{ProcessQuestions, ThreadQuestions};
-use super::threads::{self, FrozenThread};
+use super::threads::{self, FrozenThread, ThreadManner};
 use super::{
-    CaptureError, Memory, PAGE, SCRIPT_MASK, Source, descriptors, ended, parked, read_traits, reading, shared, sleep,
-    space, stop_one, waker, writes,
+    CaptureError, Memory, PAGE, SCRIPT_MASK, Source, await_stop, descriptors, ended, parked, read_traits, reading,
+    shared, sleep, space, waker, writes,
 };
 use crate::capture::Surroundings;
 use crate::capture::{Met, Trap};
+use crate::steps;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Child, ChildStop, Essence, Files, MappingKind, Pages, ThreadImage};
+use dunlin_sys::batch::Batch;
 use dunlin_sys::foothold::Foothold;
 use dunlin_sys::pagemap::{self, Query};
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::parse_timers;
 use dunlin_sys::procfs::maps;
+use dunlin_sys::procfs::status::Status;
 use dunlin_sys::ptrace::{Options, Registers, Running, Stop, Stopped};
 use dunlin_sys::refuge::Others;
-use dunlin_sys::script::{Held, Script};
+use dunlin_sys::script::{Call, Held, Script};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -32,6 +35,10 @@ use std::time::Instant;
 /// that takes a few milliseconds at most.
 const LISTED_AGAIN: u64 = 256 << 20;
 const SIGCONT: i32 = 18;
+/// The largest of what is read there; it may lie across two pages.
+const TIMESPEC: u64 = 16;
+/// ECHILD.
+const NO_CHILD: i64 = -10;
 
 /// A process all of whose threads are stopped.
 pub struct Frozen {
@@ -42,9 +49,19 @@ pub struct Frozen {
     threads: Vec<FrozenThread>,
     stopped_by: Option<i32>,
     trap: Trap,
+    status: Status,
     /// The signals that the essence says are pending for the process or for its first thread.
     pending: Vec<i32>,
     _claim: waker::Claim,
+}
+
+/// What [`Source::stop_all`] has found.
+struct Still {
+    threads: Vec<FrozenThread>,
+    stopped_by: Option<i32>,
+    since: Instant,
+    trap: Trap,
+    status: Status,
 }
 
 impl Source {
@@ -52,25 +69,28 @@ impl Source {
     pub fn freeze(mut self) -> Result<Frozen, (Box<Source>, CaptureError)> {
         let claim = waker::claim(self.host);
         match self.stop_all() {
-            Ok((threads, stopped_by, since, trap)) => Ok(Frozen {
+            Ok(still) => Ok(Frozen {
                 _claim: claim,
                 source: self,
-                since,
-                threads,
-                stopped_by,
-                trap,
+                since: still.since,
+                threads: still.threads,
+                stopped_by: still.stopped_by,
+                trap: still.trap,
+                status: still.status,
                 pending: Vec::new(),
             }),
             Err(error) => Err((Box::new(self), error)),
         }
     }
 
-    fn stop_all(&mut self) -> Result<(Vec<FrozenThread>, Option<i32>, Instant, Trap), CaptureError> {
+    fn stop_all(&mut self) -> Result<Still, CaptureError> {
         let mut seen = BTreeSet::new();
         let mut running = Vec::new();
         self.seize_new(&mut seen, &mut running)?;
         self.foothold.arena.warm(256 << 10);
+        self.sleeps.prepare();
         let since = Instant::now();
+        steps::begin(since);
         let mut stopped = Vec::new();
         let mut by = None;
         while !running.is_empty() {
@@ -79,7 +99,7 @@ impl Source {
                 let _ = thread.interrupt();
             }
             for thread in running.drain(..) {
-                match stop_one(self.pid, thread) {
+                match await_stop(self.pid, thread) {
                     Ok((thread, stop)) => {
                         if let Stop::Group(signal) = stop {
                             by = Some(signal);
@@ -107,7 +127,10 @@ impl Source {
                 source: "it has executed another program meanwhile".into(),
             });
         }
-        let trap = Trap::look(&self.dir)?;
+        steps::mark("stopping");
+        let status = self.dir.status()?;
+        let trap = Trap::seen(&status);
+        steps::mark("status");
         let mut frozen: Vec<FrozenThread> = Vec::with_capacity(stopped.len());
         let mut stopped = stopped.into_iter();
         held::Note::source(trap, &self.plan.image.signals.actions).leave(&self.foothold);
@@ -139,11 +162,18 @@ impl Source {
                 }
             }
         }
+        steps::mark("settling");
         frozen.sort_by_key(|t| (t.tid != self.pid, t.tid));
         if frozen.first().is_none_or(|t| t.tid != self.pid) {
             return Err(CaptureError::Gone);
         }
-        Ok((frozen, by, since, trap))
+        Ok(Still {
+            threads: frozen,
+            stopped_by: by,
+            since,
+            trap,
+            status,
+        })
     }
 
     /// Lets a thread run on that was only stopped.
@@ -258,35 +288,54 @@ impl Frozen {
     ) -> Result<Essence, CaptureError> {
         let timers = parse_timers(&self.source.dir.text("timers")?).map_err(io::Error::from)?;
         let all_cpus = dunlin_sys::inspect::affinity(0).unwrap_or_default();
+        steps::mark("list of timers");
         let mut images = Vec::with_capacity(self.threads.len());
-        let mut process = None;
-        let mut asked = ([0; 2], 0);
-        // Of the last script that ran: a SIGSTOP may take effect in any of them.
-        let mut stopped_by = None;
-        for index in 0..self.threads.len() {
-            let host_tid = self.threads[index].thread.tid();
-            let thread = Stopped::assume(host_tid);
-            let mut script = Script::new(&self.source.foothold.arena);
-            let questions = ThreadQuestions::ask(&mut script);
-            let more = (index == 0).then(|| ProcessQuestions::ask(&mut script, &timers));
-            let (_, answers) = script.run(thread)?;
-            stopped_by = answers.stopped_by();
-            if let Some(more) = more {
-                process = Some(more.read(&answers));
-                // What is left of timers is counted from here.
-                asked = (super::clocks(&self.source.dir), sleep::monotonic_ns());
+        let host = self.source.host;
+        // The first thread for itself: what is left of timers is counted from when it answers.
+        let first = self.threads.first().ok_or(CaptureError::Gone)?;
+        let mut script = Script::new(&self.source.foothold.arena);
+        let questions = ThreadQuestions::ask(&mut script);
+        let more = ProcessQuestions::ask(&mut script, &timers);
+        let of_children = self.ask_for_children(&mut script);
+        let (_, answers) = script.run(Stopped::assume(first.thread.tid()))?;
+        let (clocks_ns, asked_ns) = (super::clocks(&self.source.dir), sleep::monotonic_ns());
+        // Of the last that ran: a SIGSTOP may take effect in any of them.
+        let mut stopped_by = answers.stopped_by();
+        let mut process = more.read(&answers);
+        let childless = of_children.is_some_and(|asked| answers.of(asked) == NO_CHILD);
+        let manner = threads::manner(host, first.thread.tid(), &all_cpus)?;
+        images.push(threads::image(first, manner, questions.read(&answers))?);
+        steps::mark("questions to the first thread");
+        while images.len() < self.threads.len() {
+            let mut batch = Batch::new(&self.source.foothold.arena);
+            let mut asked = Vec::new();
+            for frozen in &self.threads[images.len()..] {
+                if !batch.has_room() {
+                    break;
+                }
+                asked.push(ThreadQuestions::ask(batch.lane(frozen.thread.tid())));
             }
-            let manner = threads::manner(self.source.host, host_tid, &all_cpus)?;
-            images.push(threads::image(&self.threads[index], &manner, questions.read(&answers))?);
+            let some = &self.threads[images.len()..][..asked.len()];
+            let manners = || -> io::Result<Vec<ThreadManner>> {
+                some.iter()
+                    .map(|t| threads::manner(host, t.thread.tid(), &all_cpus))
+                    .collect()
+            };
+            let (answers, manners) = batch.run_beside(manners);
+            let (answers, manners) = (answers?, manners?);
+            stopped_by = answers.stopped_by();
+            steps::mark("questions to threads");
+            for ((frozen, manner), questions) in some.iter().zip(manners).zip(asked) {
+                images.push(threads::image(frozen, manner, questions.read(&answers))?);
+            }
+            steps::mark("threads from outside");
         }
         self.tell_interrupted(&mut images);
-        let (clocks_ns, asked_ns) = asked;
         for (thread, image) in self.threads.iter().zip(&mut images) {
             if let Some(sleep) = &mut image.sleep {
                 sleep.remaining_ns = sleep.remaining_ns.saturating_sub(asked_ns - thread.settled_ns);
             }
         }
-        let mut process = process.ok_or(CaptureError::Gone)?;
         self.trap.correct(&mut process.signals.actions);
         self.source
             .plan
@@ -294,13 +343,16 @@ impl Frozen {
             .signals
             .actions
             .clone_from(&process.signals.actions);
-        let status = self.source.dir.status()?;
         let leader = Stopped::assume(self.source.host);
         let mut lineage = self.source.plan.image.lineage.clone();
-        lineage.children = children(&self.source.dir, along)?;
+        lineage.children = match childless {
+            true => Vec::new(),
+            false => children(&self.source.dir, along)?,
+        };
         if let Some(now) = self.ask_of_children(&mut lineage.children)? {
             stopped_by = now;
         }
+        steps::mark("children");
         let mut signals = process.signals.clone();
         signals.pending = leader.pending_signals(true)?.into_iter().map(|s| s.to_vec()).collect();
         for (timer, host) in signals.timers.iter_mut().zip(&process.timer_threads) {
@@ -311,6 +363,7 @@ impl Frozen {
         self.pending = leaders.iter().chain(&signals.pending).filter_map(number).collect();
         // One that is pending has taken effect: the process goes on when it may run.
         self.stopped_by = stopped_by.filter(|_| !self.pending.contains(&SIGCONT));
+        steps::mark("signals");
         let mut obstacles = Vec::new();
         let space = self.space_now(process.brk, &mut obstacles)?;
         shared::look(
@@ -319,7 +372,9 @@ impl Frozen {
             around,
             &mut obstacles,
         );
+        steps::mark("mappings");
         let files = self.files_now(around, met, &mut obstacles)?;
+        steps::mark("descriptors");
         if !obstacles.is_empty() {
             return Err(CaptureError::Obstacles(obstacles));
         }
@@ -327,15 +382,20 @@ impl Frozen {
             self.source.plan.image.space = space.clone();
         }
         let (file_pages, file_pages_dropped) = self.file_pages_now()?;
+        steps::mark("pages of file mappings");
+        let traits = read_traits(&self.source.dir, &self.status, &process)?;
+        steps::mark("traits");
         let hot_pages = self.hot_pages(&images);
+        steps::mark("hot pages");
         let shared = shared::read(&self.source.dir, &self.source.plan.image.space, met)?;
+        steps::mark("shared memory");
         Ok(Essence {
             lineage,
-            traits: read_traits(&self.source.dir, &status, &process)?,
+            traits,
             space,
             files,
             signals,
-            seccomp: own_filters(&leader, status.seccomp_filters, self.source.nest_filters)?,
+            seccomp: own_filters(&leader, self.status.seccomp_filters, self.source.nest_filters)?,
             stopped_by: self.stopped_by,
             file_pages,
             file_pages_dropped,
@@ -365,6 +425,16 @@ impl Frozen {
                 image.registers = threads::to_words(&thread.registers);
             }
         }
+    }
+
+    /// Has it children at all? A program with filters of its own is not asked: they may not know the call.
+    fn ask_for_children(&self, script: &mut Script<'_>) -> Option<Call> {
+        const SYS_WAITID: i64 = 247;
+        const P_ALL: u64 = 0;
+        /// WEXITED, WNOHANG, WNOWAIT, __WALL.
+        const ANY: u64 = 4 | 1 | 0x0100_0000 | 0x4000_0000;
+        let may = self.source.plan.image.seccomp.is_empty();
+        may.then(|| script.attempt("waitid", SYS_WAITID, &[P_ALL, 0, 0, ANY, 0]))
     }
 
     /// What has the process not waited for yet, of the stops and continuations of its children? If it was asked: what stops
@@ -504,9 +574,13 @@ impl Frozen {
             let mut add = |address: u64| {
                 wanted.insert(address & !(PAGE - 1));
             };
-            add(registers.rsp);
-            add(registers.rsp.wrapping_sub(128));
-            if threads.len() <= 16 {
+            let few = threads.len() <= 16;
+            // Of many threads that wait in a call, few are woken at once.
+            if few || (registers.orig_rax as i64) < 0 {
+                add(registers.rsp);
+                add(registers.rsp.wrapping_sub(128));
+            }
+            if few {
                 add(registers.rsp + PAGE);
                 for word in [
                     registers.rdi,
@@ -530,6 +604,7 @@ impl Frozen {
             if let Some(sleep) = &thread.sleep {
                 for address in super::sleep::reads(sleep) {
                     add(address);
+                    add(address.saturating_add(TIMESPEC - 1));
                 }
             }
         }
@@ -699,13 +774,19 @@ pub(super) fn leave_image(
     /// SIGALRM, SIGVTALRM, SIGPROF.
     const ITIMER_SIGNALS: [i32; 3] = [14, 26, 27];
     const SI_KERNEL: i32 = 0x80;
-    for thread in &threads {
-        let mut script = Script::new(&foothold.arena);
-        script.attempt("set_tid_address", SYS_SET_TID_ADDRESS, &[0]);
-        script.attempt("set_robust_list", SYS_SET_ROBUST_LIST, &[0, 24]);
-        thread.set_signal_mask(SCRIPT_MASK)?;
-        script.run(Stopped::assume(thread.tid()))?;
-        thread.set_signal_mask(u64::MAX)?;
+    const AT_ONCE: usize = 1024;
+    for some in threads.chunks(AT_ONCE) {
+        let mut batch = Batch::new(&foothold.arena);
+        for thread in some {
+            let script = batch.lane(thread.tid());
+            script.attempt("set_tid_address", SYS_SET_TID_ADDRESS, &[0]);
+            script.attempt("set_robust_list", SYS_SET_ROBUST_LIST, &[0, 24]);
+            thread.set_signal_mask(SCRIPT_MASK)?;
+        }
+        batch.run()?;
+        for thread in some {
+            thread.set_signal_mask(u64::MAX)?;
+        }
     }
     for thread in threads.into_iter().skip(1) {
         thread.detach(0)?;

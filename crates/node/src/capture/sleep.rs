@@ -12,7 +12,7 @@ use dunlin_sys::inspect;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::Registers;
 use rustix::time::{ClockId, clock_gettime};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, PoisonError};
@@ -29,12 +29,15 @@ const SYS_PSELECT6: i64 = 270;
 const SYS_PPOLL: i64 = 271;
 const FUTEX_WAIT_BITSET: u64 = 9;
 
-/// Addresses, a page apart at most, of what the kernel reads from the program when the call is made again.
+/// Addresses, a page apart at most, of what the kernel reads from the program when the call is made again, and writes to it
+/// when that is interrupted.
 pub fn reads(sleep: &Sleep) -> Vec<u64> {
     const POLLFD: u64 = 8;
-    let [first, count, ..] = sleep.arguments;
+    let [first, count, third, fourth, ..] = sleep.arguments;
     match sleep.number {
-        SYS_FUTEX => vec![first],
+        SYS_FUTEX => vec![first, fourth],
+        SYS_NANOSLEEP => vec![count],
+        SYS_CLOCK_NANOSLEEP => vec![third, fourth],
         SYS_POLL => {
             let length = count.saturating_mul(POLLFD).min(1 << 20);
             (0..length)
@@ -128,6 +131,14 @@ impl Sleeps {
     pub fn look(&mut self, process: i32, tid: i32) {
         if let Some(before) = read_sched(process, tid) {
             self.before.insert(tid, before);
+        }
+    }
+
+    /// Reads the clocks of the CPUs on which the threads were last, so that this does not fall into a freeze.
+    pub fn prepare(&mut self) {
+        let cpus: BTreeSet<u32> = self.before.values().map(|before| before.cpu).collect();
+        for cpu in cpus {
+            let _ = self.offset(cpu);
         }
     }
 

@@ -129,13 +129,13 @@ pub fn manner(process: i32, tid: i32, all_cpus: &[u8]) -> io::Result<ThreadManne
 }
 
 /// The whole image of a frozen thread.
-pub fn image(frozen: &FrozenThread, manner: &ThreadManner, answers: ThreadAnswers) -> Result<ThreadImage, TraceError> {
+pub fn image(frozen: &FrozenThread, manner: ThreadManner, answers: ThreadAnswers) -> Result<ThreadImage, TraceError> {
     let mut xstate = Vec::new();
     frozen.thread.xstate(&mut xstate)?;
     let pending = frozen.thread.pending_signals(false)?;
     Ok(ThreadImage {
         tid: frozen.tid,
-        comm: manner.comm.clone(),
+        comm: manner.comm,
         registers: to_words(&frozen.registers),
         xstate,
         mask: frozen.mask,
@@ -149,7 +149,7 @@ pub fn image(frozen: &FrozenThread, manner: &ThreadManner, answers: ThreadAnswer
             .map(|r| [r.pointer, u64::from(r.size), u64::from(r.signature)]),
         sleep: frozen.sleep,
         schedule: manner.schedule,
-        affinity: manner.affinity.clone(),
+        affinity: manner.affinity,
         io_priority: manner.io_priority,
         timer_slack_ns: manner.timer_slack_ns,
         parent_death_signal: answers.parent_death_signal,

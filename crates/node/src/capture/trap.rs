@@ -6,6 +6,7 @@
 
 use dunlin_sys::foothold::{Foothold, FootholdError, inject};
 use dunlin_sys::procfs::ProcDir;
+use dunlin_sys::procfs::status::Status;
 use dunlin_sys::ptrace::Stopped;
 use dunlin_sys::script::Script;
 use std::io;
@@ -23,10 +24,14 @@ pub struct Trap {
 impl Trap {
     /// Looks at a process that is stopped and was not made to trap yet.
     pub fn look(dir: &ProcDir) -> io::Result<Trap> {
-        let ignored = dir.status()?.ignored;
-        Ok(Trap {
-            ignored: ignored & (1 << (SIGTRAP - 1)) != 0,
-        })
+        Ok(Trap::seen(&dir.status()?))
+    }
+
+    /// The same, by what was read of it.
+    pub fn seen(status: &Status) -> Trap {
+        Trap {
+            ignored: status.ignored & (1 << (SIGTRAP - 1)) != 0,
+        }
     }
 
     /// The trap that a table of 64 actions asks for.

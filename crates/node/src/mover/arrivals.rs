@@ -4,6 +4,7 @@
 
 use super::lock;
 use crate::pager::SpaceHandle;
+use dunlin_proto::control::Step;
 use dunlin_proto::ids::{ImageId, MoveId, Pid};
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -21,6 +22,10 @@ pub struct Arrival {
     pub relatives: Vec<Pid>,
     /// How many of its pages were compared with the original before it ran.
     pub verified_pages: Option<u64>,
+    /// What was done here while it was frozen.
+    pub steps: Vec<Step>,
+    /// For how long it had been running when its source was told so, in microseconds.
+    pub told_after_us: f64,
 }
 
 /// All of them.
@@ -31,6 +36,13 @@ impl Arrivals {
     /// A process has come.
     pub fn insert(&self, pid: Pid, arrival: Arrival) {
         lock(&self.0).insert(pid, arrival);
+    }
+
+    /// It runs, and this is how that came about, if it has not gone again.
+    pub fn ran(&self, pid: Pid, steps: Vec<Step>, told_after_us: f64) {
+        if let Some(arrival) = lock(&self.0).get_mut(&pid) {
+            (arrival.steps, arrival.told_after_us) = (steps, told_after_us);
+        }
     }
 
     /// It has left or ended.

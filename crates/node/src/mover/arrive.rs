@@ -12,6 +12,8 @@ use super::records::{ArrivalRecord, KeptPlace};
 use crate::pager::SpaceHandle;
 use crate::processes::{HiddenKind, Resident};
 use crate::restore::Common;
+use crate::steps;
+use dunlin_proto::control::Side;
 use dunlin_proto::ids::{ImageId, MoveId, RunId, Slot};
 use dunlin_proto::image::Plan;
 use std::collections::BTreeMap;
@@ -20,14 +22,13 @@ use std::time::Instant;
 
 impl Incoming {
     pub(super) fn resume(&mut self) {
-        let started = Instant::now();
         self.resume_waiting();
+        steps::mark("asking the home");
         for index in 0..self.frozen.len() {
             self.mover.remember_arrival(&self.arrival_of(index));
         }
-        let remembered = started.elapsed();
+        steps::mark("keeping the record of the arrival");
         self.arriving.speak(&self.mover.edge);
-        let spoken = started.elapsed();
         for process in &self.frozen {
             self.mover.tell_signals(&process.essence.lineage.children);
         }
@@ -35,6 +36,7 @@ impl Incoming {
         for index in 0..self.frozen.len() {
             self.enter(index);
         }
+        steps::mark("sockets and signals");
         let blanks = std::mem::take(&mut self.blanks);
         for (blank, process) in blanks.into_iter().zip(&self.frozen) {
             let pid = blank.pid;
@@ -42,16 +44,12 @@ impl Incoming {
                 tracing::error!(%pid, %error, "a granted process could not be resumed");
             }
         }
-        tracing::debug!(
-            remember_us = remembered.as_micros(),
-            speak_us = (spoken - remembered).as_micros(),
-            run_us = (started.elapsed() - spoken).as_micros(),
-            "resumed"
-        );
+        let resumed = Instant::now();
+        self.steps = steps::take(Side::Destination);
         self.common = Common::default();
         self.arriving.let_go();
         for index in 0..self.frozen.len() {
-            self.arrive(index);
+            self.arrive(index, resumed);
         }
     }
 
@@ -133,6 +131,8 @@ impl Incoming {
                 space: Some(space),
                 relatives: record.relatives,
                 verified_pages: self.verified.get(&pid).copied(),
+                steps: Vec::new(),
+                told_after_us: 0.0,
             },
         );
         lock(&mover.busy).insert(pid, self.id);
@@ -140,12 +140,14 @@ impl Incoming {
         mover.hidden.remove(pid);
     }
 
-    /// It runs.
-    fn arrive(&self, index: usize) {
+    /// It runs, since `resumed`.
+    fn arrive(&self, index: usize, resumed: Instant) {
         let process = &self.frozen[index];
         let lineage = &process.essence.lineage;
         let (pid, uid) = (lineage.pid, process.essence.traits.uids[0]);
         let mover = &self.mover;
+        let told_after_us = resumed.elapsed().as_secs_f64() * 1e6;
+        mover.arrivals.ran(pid, self.steps.clone(), told_after_us);
         if self.places[index].place.stood_before {
             mover.log("unregistering a surrogate", mover.nest.unregister_surrogate(pid));
         }

@@ -14,6 +14,7 @@ use crate::capture::{CaptureError, Source, Surroundings, demanded};
 use crate::page_server::NewImage;
 use crate::pager::{Journal, NewSpace, Withdrawn};
 use crate::sockets::leaving::{EarlyLooks, LeaveError, Owner, look_early};
+use crate::steps;
 use dunlin_cluster::relocation::source::SourceEvent;
 use dunlin_proto::control::{FailureKind, MoveMode};
 use dunlin_proto::ids::{ImageId, Pid};
@@ -21,7 +22,7 @@ use dunlin_proto::pages::ClientId;
 use dunlin_proto::relocation::Member;
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 impl Outgoing<'_> {
     pub(super) fn prepare_payload(&mut self) -> Result<Vec<u8>, CaptureError> {
@@ -129,10 +130,8 @@ impl Outgoing<'_> {
         self.sockets
             .hold(&mover.edge, self.plan.move_id, held)
             .map_err(LeaveError::from)?;
-        let started = Instant::now();
         self.stop_all()?;
         self.tight = true;
-        let stopped = Instant::now();
         // All before any is read: a child that was forked since the plan has what its brothers and sisters have.
         for frozen in &self.frozen {
             frozen.introduce(&around)?;
@@ -168,29 +167,21 @@ impl Outgoing<'_> {
         all?;
         members.reverse();
         processes.reverse();
-        let captured = Instant::now();
+        steps::mark("image and member");
         for frozen in &mut self.frozen {
             frozen.park()?;
         }
-        let parked = Instant::now();
+        steps::mark("parking");
         // Their processes wait from here on, whatever becomes of this daemon.
         let owners: Vec<Owner<'_>> = self.frozen.iter().map(|frozen| owner(&frozen.source)).collect();
         let sockets = match owners.iter().all(|owner| owner.sockets().next().is_none()) {
             true => Vec::new(),
             false => self.sockets.capture(&mover.edge, self.plan.move_id, &owners, early)?,
         };
-        let count = sockets.len();
+        steps::mark("sockets");
         let payload = payload::encode(&FrozenPayload { processes, sockets });
         self.times.essence_bytes = payload.len() as u64;
-        tracing::debug!(
-            stop_us = (stopped - started).as_micros(),
-            capture_us = (captured - stopped).as_micros(),
-            park_us = (parked - captured).as_micros(),
-            sockets = count,
-            sockets_us = parked.elapsed().as_micros(),
-            bytes = payload.len(),
-            "frozen"
-        );
+        steps::mark("encoding the essence");
         Ok((members, payload))
     }
 
@@ -215,6 +206,7 @@ impl Outgoing<'_> {
         for (run, stream) in frozen.source.streams() {
             self.mover.streams.settle(run, stream)?;
         }
+        steps::mark("streams");
         let mut essence = frozen.essence(around, &mut self.met, along)?;
         essence
             .lineage

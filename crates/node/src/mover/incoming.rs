@@ -13,9 +13,10 @@ use crate::pager::{SpaceHandle, Withdrawn};
 use crate::restore::{Blank, Common};
 use crate::sockets::arriving::Arriving;
 use crate::sockets::recovery::KeptSocket;
+use crate::steps;
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::destination::{DestinationAction, DestinationEvent, DestinationMove};
-use dunlin_proto::control::Obstacle;
+use dunlin_proto::control::{Obstacle, Step};
 use dunlin_proto::ids::{MoveId, Pid, Slot};
 use dunlin_proto::image::FrozenSocket;
 use dunlin_proto::image::Plan;
@@ -33,6 +34,7 @@ impl Mover {
         lock(&self.destinations).insert(id, sender);
         let mover = self.arc();
         let thread = std::thread::Builder::new().name("arrival".into()).spawn(move || {
+            dunlin_sys::inspect::be_prompt();
             let machine = DestinationMove::start(mover.here, Limits::default(), id, home, proposal);
             Incoming::new(mover.clone(), id).go(machine, &words);
             lock(&mover.busy).retain(|_, by| *by != id);
@@ -99,6 +101,8 @@ pub(super) struct Incoming {
     pub(super) arriving: Arriving,
     pub(super) kept_sockets: Vec<Vec<KeptSocket>>,
     pub(super) event: Option<DestinationEvent>,
+    /// What was done here while they were frozen.
+    pub(super) steps: Vec<Step>,
     /// What a former daemon has rebuilt.
     pub(super) waiting: Vec<(KeptPlace, Option<Withdrawn>)>,
 }
@@ -128,6 +132,7 @@ impl Incoming {
             arriving: Arriving::default(),
             kept_sockets: Vec::new(),
             event: None,
+            steps: Vec::new(),
             waiting: Vec::new(),
         }
     }
@@ -150,9 +155,9 @@ impl Incoming {
         }
     }
 
-    /// The next event. Spins when everything is prepared or loaded: the source is, or will soon be, frozen.
+    /// The next event. Stays awake for a moment when everything is prepared or loaded: the source is, or will soon be, frozen.
     fn wait(&self, words: &Receiver<Word>, until: Option<Duration>) -> DestinationEvent {
-        let spin_until = Instant::now() + Duration::from_millis(20);
+        let spin_until = Instant::now() + super::outgoing::AWAKE;
         while !self.blanks.is_empty() && Instant::now() < spin_until {
             if let Ok(Word::Destination(event)) = words.try_recv() {
                 return event;
@@ -198,9 +203,11 @@ impl Incoming {
                     false => (0..self.frozen.len()).map(|index| self.place_of(index)).collect(),
                 };
                 let kept = postcard::to_stdvec(&KeptDestination { record, places });
+                steps::mark("putting together the record");
                 let stored = kept
                     .map_err(io::Error::other)
                     .and_then(|blob| self.mover.nest.store_soon(&label, blob));
+                steps::mark("keeping the record");
                 if let Err(error) = stored {
                     // As a crash would: whoever waits for a word of this move gives it up, or waits for the next daemon.
                     tracing::error!(%label, %error, "a move stops: its record could not be kept");

@@ -13,17 +13,18 @@ use crate::capture::{Met, Source, Watch};
 use crate::pager::Withdrawn;
 use crate::signals::orders::Obeyed;
 use crate::sockets::leaving::Leaving;
+use crate::steps;
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::home::HomeEvent;
 use dunlin_cluster::relocation::source::{
     Plan, SourceAction, SourceEvent, SourceMove, SourceRecord, SourceReport, SourceStage, WhyNot,
 };
 use dunlin_proto::control::{
-    Failure, FailureKind, MoveMode, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, WaitFor,
+    Failure, FailureKind, MoveMode, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, Side, WaitFor,
 };
 use dunlin_proto::ids::{ImageId, MoveId, Pid};
 use dunlin_proto::image::Plan as ProcessPlan;
-use dunlin_proto::relocation::{Claim, LeaseRefusal};
+use dunlin_proto::relocation::{Claim, DestinationToSource, LeaseRefusal};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -99,6 +100,9 @@ pub(super) fn failure(kind: FailureKind, message: String, hint: Option<&str>) ->
         hint: hint.map(str::to_owned),
     }
 }
+
+/// For so long a thread of a move waits awake, where the next word is expected at once.
+pub(super) const AWAKE: Duration = Duration::from_micros(40);
 
 /// A move under way.
 pub(super) struct Outgoing<'a> {
@@ -207,6 +211,7 @@ impl<'a> Outgoing<'a> {
     fn run(mover: Arc<Mover>, request: MoveRequest, still: bool, reporter: &'a Reporter) -> Result<(), MoveOutcome> {
         let times = Times::start();
         let pid = request.pid;
+        dunlin_sys::inspect::be_prompt();
         let to = mover.config.slot_of(&request.to).ok_or_else(|| {
             MoveOutcome::Failed(failure(
                 FailureKind::NoNode,
@@ -294,6 +299,9 @@ impl<'a> Outgoing<'a> {
         let mut last_report = Instant::now();
         loop {
             while let Some(action) = machine.poll_action() {
+                if let SourceAction::MakeImage = action {
+                    self.let_it_run_first(words);
+                }
                 self.act(action)?;
             }
             if machine.is_ended() {
@@ -301,7 +309,11 @@ impl<'a> Outgoing<'a> {
             }
             let event = match self.events.pop() {
                 Some(event) => event,
-                None => self.wait(words, machine.next_timeout()),
+                None => {
+                    let event = self.wait(words, machine.next_timeout());
+                    steps::mark("waiting for a word");
+                    event
+                }
             };
             // A copy whose pages are few has them all before it is known here that it runs.
             if matches!(event, SourceEvent::Drained(..)) && self.times.resumed.is_none() {
@@ -316,9 +328,9 @@ impl<'a> Outgoing<'a> {
         }
     }
 
-    /// The next event. Spins while the process is frozen: a blocking wait costs a cross-CPU wake.
+    /// The next event. Stays awake for a moment while the process is frozen, in case it is about to come.
     fn wait(&self, words: &Receiver<Word>, until: Option<Duration>) -> SourceEvent {
-        let spin_until = Instant::now() + Duration::from_millis(5);
+        let spin_until = Instant::now() + AWAKE;
         while self.tight && Instant::now() < spin_until {
             if let Ok(Word::Source(event)) = words.try_recv() {
                 return event;
@@ -341,9 +353,39 @@ impl<'a> Outgoing<'a> {
         }
     }
 
+    /// It runs there, or is about to: nobody waits for what is cleared away here, and where the destination shares this
+    /// machine's CPUs, as in a lab, it wants them now. But locks are free for it only when its descriptors here are closed, and
+    /// sockets are closed here, without a word to anybody, before packets are handed over.
+    fn let_it_run_first(&mut self, words: &Receiver<Word>) {
+        const PATIENCE: Duration = Duration::from_millis(5);
+        let until = Instant::now() + PATIENCE;
+        let must_close = |frozen: &Frozen| {
+            frozen.source.has_locks() || super::party::owner(&frozen.source).sockets().next().is_some()
+        };
+        let is_urgent = self.frozen.iter().any(must_close);
+        while self.tight && !is_urgent {
+            let left = until.saturating_duration_since(Instant::now());
+            let event = match words.recv_timeout(left) {
+                Ok(Word::Source(event)) => event,
+                Ok(Word::Destination(_)) => continue,
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
+            };
+            let runs = matches!(event, SourceEvent::FromDestination(_, DestinationToSource::Resumed));
+            self.events.insert(0, event);
+            if runs {
+                self.times.resumed_heard = Some(Instant::now());
+                break;
+            }
+        }
+        steps::mark("waiting for a word");
+    }
+
     fn act(&mut self, action: SourceAction) -> Result<(), MoveOutcome> {
         match action {
-            SourceAction::Send { to, msg } => self.mover.send(to, msg),
+            SourceAction::Send { to, msg } => {
+                self.mover.send(to, msg);
+                steps::mark("sending words");
+            }
             SourceAction::Prepare(_) => {
                 self.progress(MovePhase::Prepare);
                 let event = match self.prepare_payload() {
@@ -376,7 +418,10 @@ impl<'a> Outgoing<'a> {
                 self.events.push(event);
             }
             SourceAction::Thaw => self.thaw(),
-            SourceAction::MakeImage => self.make_images(),
+            SourceAction::MakeImage => {
+                self.make_images();
+                steps::mark("making the image (not waited for)");
+            }
             SourceAction::ForgetImage(pid) => self.forget_image(pid),
             SourceAction::Learn(changes) => self.mover.decide(HomeEvent::Learn(changes)),
             SourceAction::Raise(claims) => self.mover.decide(HomeEvent::Raise(claims)),
@@ -396,6 +441,7 @@ impl<'a> Outgoing<'a> {
             record,
         };
         let label = self.label();
+        steps::mark("putting together the record");
         let stored = postcard::to_stdvec(&kept)
             .map_err(std::io::Error::other)
             .and_then(|blob| {
@@ -406,6 +452,7 @@ impl<'a> Outgoing<'a> {
                     self.mover.nest.store_soon(&label, blob)
                 }
             });
+        steps::mark("keeping the record");
         stored.map_err(|error| {
             let message = format!(
                 "process {} was not moved: the record {label} could not be kept: {error}; it waits until this daemon is restarted",
@@ -469,7 +516,9 @@ impl<'a> Outgoing<'a> {
             SourceReport::Resumed => {
                 self.tight = false;
                 self.sockets.hand_over(&self.mover.edge, self.plan.destination);
-                self.times.resumed = Some(Instant::now());
+                self.times.steps = steps::take(Side::Source);
+                let now = Instant::now();
+                self.times.resumed = Some(self.times.resumed_heard.unwrap_or(now));
                 self.events.append(&mut self.early);
                 self.progress(MovePhase::Resume);
                 if self.request.wait == WaitFor::Resumed {

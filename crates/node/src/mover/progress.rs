@@ -3,7 +3,7 @@
 //! Owns the times and counts of one move at its source. Refuses to print.
 
 use super::Mover;
-use dunlin_proto::control::{MoveMode, MovePhase, MoveProgress, MoveReport, Quantiles};
+use dunlin_proto::control::{MoveMode, MovePhase, MoveProgress, MoveReport, Quantiles, Step};
 use dunlin_proto::ids::{Pid, Slot};
 use dunlin_proto::peer::{Drain, PeerReply, PeerRequest};
 use std::time::Instant;
@@ -17,10 +17,14 @@ pub struct Times {
     pub frozen: Option<Instant>,
     /// It runs on the new node.
     pub resumed: Option<Instant>,
+    /// When that was heard, if something was done before it was taken note of.
+    pub resumed_heard: Option<Instant>,
     /// The last page has come.
     pub drained: Option<Instant>,
     /// What travelled inside the freeze.
     pub essence_bytes: u64,
+    /// What the freeze consisted of here.
+    pub steps: Vec<Step>,
 }
 
 impl Times {
@@ -30,8 +34,10 @@ impl Times {
             asked: Instant::now(),
             frozen: None,
             resumed: None,
+            resumed_heard: None,
             drained: None,
             essence_bytes: 0,
+            steps: Vec::new(),
         }
     }
 }
@@ -48,7 +54,7 @@ impl Mover {
     /// What this node knows of the drain of a process that came here.
     pub fn drain_here(&self, pid: Pid) -> Option<Drain> {
         let arrival = self.arrivals.get(pid)?;
-        let progress = arrival.space?.progress();
+        let progress = arrival.space.as_ref()?.progress();
         Some(Drain {
             pages_total: progress.pages_total,
             pages_left: progress.pages_left,
@@ -58,6 +64,8 @@ impl Mover {
             fault_us: progress.fault_us,
             finished: progress.finished.is_some(),
             verified_pages: arrival.verified_pages,
+            steps: arrival.steps,
+            told_after_us: arrival.told_after_us,
         })
     }
 
@@ -77,15 +85,18 @@ impl Mover {
         };
         let (faulted, pushed) = drain.map_or((0, 0), |d| (d.pages_faulted, d.pages_pushed));
         let all = faulted + pushed;
+        let told_after_ms = drain.map_or(0.0, |d| d.told_after_us / 1e3);
+        let mut steps = times.steps.clone();
+        steps.extend(drain.into_iter().flat_map(|d| d.steps.iter().cloned()));
         MoveReport {
             pid,
             from: self.config.name.clone(),
             to: self.config.name_of(to),
             mode,
-            freeze_ms: millis(times.frozen, times.resumed),
+            freeze_ms: (millis(times.frozen, times.resumed) - told_after_ms).max(0.0),
             essence_bytes: times.essence_bytes,
             prepare_ms: millis(Some(times.asked), times.frozen),
-            resumed_ms: millis(Some(times.asked), times.resumed),
+            resumed_ms: (millis(Some(times.asked), times.resumed) - told_after_ms).max(0.0),
             drained_ms: times.drained.map(|at| millis(Some(times.asked), Some(at))),
             pages_faulted: faulted,
             pages_pushed: pushed,
@@ -96,6 +107,7 @@ impl Mover {
             },
             fault_us: drain.map_or(Quantiles::default(), |d| d.fault_us),
             verified_pages,
+            steps,
         }
     }
 }

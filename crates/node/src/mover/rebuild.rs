@@ -12,7 +12,7 @@ use super::{Mover, lock};
 use crate::pager::{Finish, Journal, NewSpace, Withdrawn};
 use crate::processes::HiddenKind;
 use crate::restore::{Blank, Kit, Remade, RestoreError};
-use crate::{sockets, verify};
+use crate::{sockets, steps, verify};
 use dunlin_cluster::page_map::PageMap;
 use dunlin_proto::ids::{ImageId, Pid, RunId, Slot};
 use dunlin_proto::image::{DescriptionKind, FrozenSocket};
@@ -113,16 +113,19 @@ impl Incoming {
     }
 
     pub(super) fn rebuild(&mut self, payload: &[u8]) -> Result<(), String> {
-        let started = Instant::now();
+        steps::begin(Instant::now());
         let Frozen { processes, sockets } = payload::decode(payload)?;
+        steps::mark("reading the essence");
         if processes.len() != self.blanks.len() {
             return Err("the essence is not of the processes that were prepared".into());
         }
         self.rebuild_sockets(sockets)?;
+        steps::mark("sockets");
         self.with_kit(|this, kit| {
             let essences = processes.iter().map(|process| &process.essence);
             Blank::load_descriptors(&mut this.blanks, essences, kit)
         })?;
+        steps::mark("descriptors");
         // What there is to be told of its children waits until it has come.
         for blank in &self.blanks {
             self.mover.orders.close(blank.pid);
@@ -139,11 +142,14 @@ impl Incoming {
                 .map_err(|e| e.to_string())?;
             let remade = self.with_kit(|this, kit| this.blanks[index].load(&process.essence, &stale, kit))?;
             self.make_children(index, &process)?;
+            steps::mark("children");
             self.adopt(index, &process, came.map(|came| (came, remade)))?;
             self.await_all(index, &process)?;
+            steps::mark("giving the memory to the pager");
             self.blanks[index]
                 .complete(&process.essence)
                 .map_err(|e| e.to_string())?;
+            steps::mark("rseq areas and clocks");
             self.verify(index, &process)?;
             self.frozen.push(process);
         }
@@ -156,7 +162,7 @@ impl Incoming {
         for (blank, process) in self.blanks.iter().zip(&self.frozen) {
             blank.outlive(&process.essence).map_err(|e| e.to_string())?;
         }
-        tracing::debug!(load_us = started.elapsed().as_micros(), "loaded");
+        steps::mark("outliving the daemon");
         Ok(())
     }
 
@@ -301,10 +307,12 @@ impl Incoming {
         };
         let second = SecondHand::new(self.mover.nest.clone());
         let id = self.mover.pager.next_id();
+        steps::mark("making the page map");
         let journal = Journal::begin(ClientId(super::random()), &map).map_err(|e| format!("no journal for it: {e}"))?;
         second
             .keep(id, (blank.pid, blank.host), uffd.as_fd(), &journal)
             .map_err(|e| format!("init could not take its userfaultfd: {e}"))?;
+        steps::mark("journal and userfaultfd to init");
         let space = NewSpace {
             id: Some(id),
             pid: Some(blank.host),

@@ -106,6 +106,8 @@ impl Mover {
                 space: None,
                 relatives: record.relatives,
                 verified_pages: None,
+                steps: Vec::new(),
+                told_after_us: 0.0,
             },
         );
         match self.nest.pidfd(pid)? {

@@ -8,6 +8,7 @@ use crate::capture::held::Note;
 use crate::capture::{SCRIPT_MASK, parked};
 use crate::files::{Use, open_same};
 use crate::install::Wanted;
+use crate::steps;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Essence, MappingKind, Pages, Plan, ProcessImage};
 use dunlin_sys::foothold::Foothold;
@@ -208,12 +209,14 @@ impl Blank {
         if let Some(space) = &essence.space {
             remade = mappings::correct(self, space, kit)?;
         }
+        steps::mark("correcting mappings");
         if !stale.is_empty() {
             mappings::drop_stale(self, stale)?;
         }
         if essence.traits != self.image.traits || essence.seccomp != self.image.seccomp {
             traits::correct(self, essence, kit)?;
         }
+        steps::mark("correcting traits");
         for run in &essence.file_pages {
             self.write_file_pages(run)?;
         }
@@ -227,15 +230,19 @@ impl Blank {
                 .write_all_at(&part.bytes, part.offset)
                 .during(self.pid, "filling shared memory")?;
         }
+        steps::mark("pages of file mappings");
         for run in &essence.hot_pages {
             self.check_pages(run)?;
             self.uffd
                 .copy(run.address, &run.bytes)
                 .during(self.pid, "installing hot pages")?;
         }
+        steps::mark("hot pages");
         signals::set_actions(self, Some(&self.image.signals.actions), &essence.signals.actions)?;
+        steps::mark("signal actions");
         threads::make(self, essence.threads.iter().map(|t| t.tid), kit)?;
         threads::end_others(self, &essence.threads)?;
+        steps::mark("threads that came or went");
         threads::load(self, essence, kit)?;
         Ok(remade)
     }
@@ -272,6 +279,7 @@ impl Blank {
     /// Lets the program run. The caller has taken [`Blank::pages`] into the pager before.
     pub fn resume(self, essence: &Essence) -> Result<Resumed, RestoreError> {
         super::locks::take(&self)?;
+        steps::mark("locks of files");
         threads::resume(&self, essence)?;
         let regions = mappings::demanded(&self.image.space.mappings);
         Ok(Resumed {

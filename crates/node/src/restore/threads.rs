@@ -7,8 +7,10 @@ use super::{Blank, During, Kit, RestoreError, mappings, signals, sleeper};
 use crate::capture::{
     SCRIPT_MASK, Trap, clocks, from_words, let_go, monotonic_ns, remember, select_limit, select_unit_ns,
 };
+use crate::steps;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Essence, Sleep, ThreadImage};
+use dunlin_sys::batch::Batch;
 use dunlin_sys::inspect;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::Stopped;
@@ -86,42 +88,29 @@ pub fn end_others(blank: &mut Blank, wanted: &[ThreadImage]) -> Result<(), Resto
 /// Puts everything into the threads but what only the last store may set.
 pub fn load(blank: &mut Blank, essence: &Essence, kit: &Kit<'_>) -> Result<(), RestoreError> {
     let pid = blank.pid;
-    for thread in &essence.threads {
-        let host = host_of(blank, thread)?;
-        let mut script = Script::new(&blank.foothold.arena);
-        let name = script.text(&thread.comm);
-        script.call("prctl", SYS_PRCTL, &[PR_SET_NAME, name.address, 0, 0, 0]);
-        let [pointer, flags, size] = thread.alt_stack;
-        if flags & SS_DISABLE == 0 && size != 0 {
-            // SS_ONSTACK is a report, not a request.
-            let stack = script.bytes(&[pointer, flags & !1, size].map(u64::to_le_bytes).concat());
-            script.attempt("sigaltstack", SYS_SIGALTSTACK, &[stack.address, 0]);
+    let mut loaded = 0;
+    while loaded < essence.threads.len() {
+        let mut batch = Batch::new(&blank.foothold.arena);
+        for thread in &essence.threads[loaded..] {
+            if !batch.has_room() {
+                break;
+            }
+            let script = batch.lane(host_of(blank, thread)?);
+            add_settings(script, pid, thread, essence, kit.cookie);
+            loaded += 1;
         }
-        script.call("set_tid_address", SYS_SET_TID_ADDRESS, &[thread.clear_tid]);
-        let [head, length] = thread.robust_list;
-        if length != 0 {
-            script.call("set_robust_list", SYS_SET_ROBUST_LIST, &[head, length]);
-        }
-        if thread.rseq.is_some_and(|area| is_here(essence, area)) {
-            add_rseq(&mut script, thread);
-        }
-        if thread.parent_death_signal != 0 {
-            script.attempt(
-                "prctl",
-                SYS_PRCTL,
-                &[PR_SET_PDEATHSIG, thread.parent_death_signal as u64, 0, 0, 0],
-            );
-        }
-        signals::add_pending(&mut script, pid, Some(thread.tid), &thread.pending, kit.cookie);
-        if thread.tid == pid {
-            signals::add_pending(&mut script, pid, None, &essence.signals.pending, kit.cookie);
-        }
-        blank.run(host, script, "loading a thread")?;
-        manner(blank, host, thread)?;
+        let answers = batch.run().during(pid, "loading threads")?;
+        blank.stopped.set(answers.stopped_by());
     }
+    steps::mark("scripts of threads");
+    for thread in &essence.threads {
+        manner(blank, host_of(blank, thread)?, thread)?;
+    }
+    steps::mark("manners of threads");
     // Time goes on while a process is frozen: what was left then is less by now.
     let late_ns = late_ns(blank, essence);
     signals::set_timers(blank, &essence.signals, late_ns)?;
+    steps::mark("timers");
     for thread in &essence.threads {
         if let Some(sleep) = thread.sleep {
             let sleep = &Sleep {
@@ -141,6 +130,7 @@ pub fn load(blank: &mut Blank, essence: &Essence, kit: &Kit<'_>) -> Result<(), R
             }
         }
     }
+    steps::mark("sleepers");
     mappings::seal(blank)?;
     for (slot, thread) in essence.threads.iter().enumerate() {
         let mut registers = from_words(&thread.registers).ok_or(RestoreError::Unsound {
@@ -163,7 +153,39 @@ pub fn load(blank: &mut Blank, essence: &Essence, kit: &Kit<'_>) -> Result<(), R
             .set_xstate(&thread.xstate)
             .during(pid, "setting the extended state")?;
     }
+    steps::mark("extended state");
     Ok(())
+}
+
+/// What a thread can only set for itself.
+fn add_settings(script: &mut Script<'_>, pid: Pid, thread: &ThreadImage, essence: &Essence, cookie: u64) {
+    let name = script.text(&thread.comm);
+    script.call("prctl", SYS_PRCTL, &[PR_SET_NAME, name.address, 0, 0, 0]);
+    let [pointer, flags, size] = thread.alt_stack;
+    if flags & SS_DISABLE == 0 && size != 0 {
+        // SS_ONSTACK is a report, not a request.
+        let stack = script.bytes(&[pointer, flags & !1, size].map(u64::to_le_bytes).concat());
+        script.attempt("sigaltstack", SYS_SIGALTSTACK, &[stack.address, 0]);
+    }
+    script.call("set_tid_address", SYS_SET_TID_ADDRESS, &[thread.clear_tid]);
+    let [head, length] = thread.robust_list;
+    if length != 0 {
+        script.call("set_robust_list", SYS_SET_ROBUST_LIST, &[head, length]);
+    }
+    if thread.rseq.is_some_and(|area| is_here(essence, area)) {
+        add_rseq(script, thread);
+    }
+    if thread.parent_death_signal != 0 {
+        script.attempt(
+            "prctl",
+            SYS_PRCTL,
+            &[PR_SET_PDEATHSIG, thread.parent_death_signal as u64, 0, 0, 0],
+        );
+    }
+    signals::add_pending(script, pid, Some(thread.tid), &thread.pending, cookie);
+    if thread.tid == pid {
+        signals::add_pending(script, pid, None, &essence.signals.pending, cookie);
+    }
 }
 
 /// How long ago the essence was taken, by the process's own clock.
@@ -209,8 +231,12 @@ pub fn register_rest(blank: &Blank, essence: &Essence) -> Result<(), RestoreErro
 
 fn is_here(essence: &Essence, [area, length, _]: [u64; 3]) -> bool {
     let holds = |address: u64| {
-        let mut runs = essence.hot_pages.iter().chain(&essence.file_pages);
-        runs.any(|run| (run.address..run.address + run.bytes.len() as u64).contains(&address))
+        // They ascend.
+        [&essence.hot_pages, &essence.file_pages].iter().any(|runs| {
+            let after = runs.partition_point(|run| run.address <= address);
+            let run = after.checked_sub(1).map(|at| &runs[at]);
+            run.is_some_and(|run| address < run.address + run.bytes.len() as u64)
+        })
     };
     holds(area) && holds(area + length.saturating_sub(1))
 }
@@ -260,6 +286,7 @@ pub fn resume(blank: &Blank, essence: &Essence) -> Result<(), RestoreError> {
     // The loop goes when none but the first is in it.
     let others = essence.threads.iter().filter(|thread| thread.tid != pid);
     others.into_iter().try_for_each(last_stores)?;
+    steps::mark("last stores");
     let leader = Trap::of(actions)
         .put_back(blank.leader(), &blank.foothold, actions)
         .during(pid, "setting the action of SIGTRAP")?;
@@ -272,6 +299,7 @@ pub fn resume(blank: &Blank, essence: &Essence) -> Result<(), RestoreError> {
             .during(pid, "entering its refuge")?;
     }
     let leader = blank.foothold.uproot(leader).during(pid, "taking the loop out")?;
+    steps::mark("taking the loop out");
     leader
         .set_signal_mask(held.mask)
         .during(pid, "setting the signal mask")?;
@@ -292,6 +320,7 @@ pub fn resume(blank: &Blank, essence: &Essence) -> Result<(), RestoreError> {
     for host in hosts {
         Stopped::assume(host).detach(0).during(pid, "letting it run")?;
     }
+    steps::mark("letting it run");
     Ok(())
 }
 

@@ -103,6 +103,7 @@ pub enum DescriptionKind {
         /// Its permissions.
         mode: u32,
         /// Its bytes.
+        #[serde(with = "crate::bytes")]
         bytes: Vec<u8>,
     },
     /// A directory.
@@ -129,6 +130,7 @@ pub enum DescriptionKind {
         /// F_GETPIPE_SZ.
         capacity: u32,
         /// The bytes in it (with its first reading end only).
+        #[serde(with = "crate::bytes")]
         bytes: Vec<u8>,
     },
     /// A socket of the Internet families: what is in it travels apart, once in a whole move.
@@ -162,6 +164,7 @@ pub enum DescriptionKind {
         /// F_GET_SEALS.
         seals: u32,
         /// Its bytes.
+        #[serde(with = "crate::bytes")]
         bytes: Vec<u8>,
     },
     /// A process (pidfd_open).
@@ -208,6 +211,7 @@ pub enum UnixState {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnixMessage {
     /// Its bytes.
+    #[serde(with = "crate::bytes")]
     pub bytes: Vec<u8>,
     /// The [keys](Description::key) of descriptions in flight (SCM_RIGHTS).
     pub descriptors: Vec<u64>,

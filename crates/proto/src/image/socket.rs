@@ -61,6 +61,7 @@ pub enum SocketState {
     /// A TCP socket whose connection is over.
     Over {
         /// What came before and was not read.
+        #[serde(with = "crate::bytes")]
         received: Vec<u8>,
     },
     /// It takes connections.
@@ -87,10 +88,12 @@ pub struct Connection {
     /// The sequence number of the first byte of `received`.
     pub receive_from: u32,
     /// What has come and was not read.
+    #[serde(with = "crate::bytes")]
     pub received: Vec<u8>,
     /// The sequence number of the first byte of `sending`.
     pub send_from: u32,
     /// What was written and is not acknowledged.
+    #[serde(with = "crate::bytes")]
     pub sending: Vec<u8>,
     /// How much of it, at its end, was never sent.
     pub unsent: u32,
@@ -118,5 +121,6 @@ pub struct Datagram {
     /// To which of the addresses, if that can be told.
     pub to: Option<IpAddr>,
     /// Its bytes.
+    #[serde(with = "crate::bytes")]
     pub bytes: Vec<u8>,
 }
