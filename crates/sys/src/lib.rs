@@ -13,6 +13,7 @@ pub mod foothold;
 pub mod foreground;
 pub mod fuse;
 pub mod inspect;
+pub mod lending;
 pub mod links;
 pub mod namespace;
 pub mod nudge;

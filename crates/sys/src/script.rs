@@ -31,12 +31,14 @@ std::arch::global_asm!(
     "   mov r10, [rbx + 32]",
     "   mov r8, [rbx + 40]",
     "   mov r9, [rbx + 48]",
-    // r14: the record's marks. A child that shares this memory may run when the next script is already there.
-    "   mov r14d, dword ptr [rbx + 4]",
+    // rbp: the record's marks. A child that shares this memory may run when the next script is already there.
+    "   mov ebp, dword ptr [rbx + 4]",
     "   syscall",
     "   test rax, rax",
     "   jnz 3f",
-    "   test r14d, 2",
+    "   test ebp, 4",
+    "   jnz 7f",
+    "   test ebp, 2",
     "   jnz dunlin_script_park",
     "3: mov [rbx + 56], rax",
     "   cmp rax, -4095",
@@ -58,8 +60,36 @@ std::arch::global_asm!(
     "   mov eax, 34",
     "   syscall",
     "   jmp dunlin_script_park",
+    // A child that lends: whoever has the other end of its descriptor 0 sends an array of struct iovec; what they name goes
+    // into the pipe behind its descriptor 3, not copied but lent, and vmsplice's answer back. r15: room for both.
+    "7: xor eax, eax",
+    "   xor edi, edi",
+    "   mov rsi, r15",
+    "   mov edx, {lend}",
+    "   syscall",
+    "   cmp rax, 16",
+    "   jl dunlin_script_park",
+    "   mov rdx, rax",
+    "   shr rdx, 4",
+    "   mov eax, {vmsplice}",
+    "   mov edi, 3",
+    "   mov rsi, r15",
+    "   xor r10d, r10d",
+    "   xor r9d, r9d",
+    "   syscall",
+    "   mov [r15 + {lend}], rax",
+    "   mov eax, 1",
+    "   xor edi, edi",
+    "   lea rsi, [r15 + {lend}]",
+    "   mov edx, 8",
+    "   syscall",
+    "   cmp rax, 8",
+    "   je 7b",
+    "   jmp dunlin_script_park",
     "dunlin_script_end:",
     ".popsection",
+    lend = const LEND_BYTES,
+    vmsplice = const libc::SYS_vmsplice,
 );
 
 unsafe extern "C" {
@@ -92,7 +122,12 @@ const HELD_AT: u64 = ARENA_BYTES - (1 << 20);
 const HEADER_BYTES: u64 = 256;
 const HELD_BYTES: u64 = 256;
 /// So many threads can be held.
-pub const MAX_HELD: usize = ((ARENA_BYTES - HELD_AT - HEADER_BYTES) / HELD_BYTES) as usize;
+pub const MAX_HELD: usize = ((LEND_AT - HELD_AT - HEADER_BYTES) / HELD_BYTES) as usize;
+/// The last page: what a [lending](Script::child_lends) child is told and answers.
+const LEND_AT: u64 = ARENA_BYTES - PAGE;
+/// So many ranges of memory can be borrowed at once.
+pub const MAX_LENT: usize = 64;
+const LEND_BYTES: usize = MAX_LENT * size_of::<libc::iovec>();
 const MAGIC: u64 = 0x616e_6572_6164_7564;
 const DONE_AT: u64 = HELD_AT + 8;
 /// So many words of the holder's own.
@@ -105,6 +140,7 @@ const MUST_SUCCEED: u64 = 1 << 32;
 /// So long a thread stays awake at the end of its script, until the tracer has seen that it is over.
 pub(crate) const SPINS_AT_END: u64 = 4000;
 const CHILD_PARKS: u64 = 2 << 32;
+const CHILD_LENDS: u64 = 4 << 32;
 
 /// What a thread was before it was made to do something else.
 #[derive(Debug, Clone, Copy)]
@@ -439,6 +475,12 @@ impl<'a> Script<'a> {
         self.record(name, number as u64 | MUST_SUCCEED | CHILD_PARKS, arguments)
     }
 
+    /// Adds a clone whose child lends its memory to whoever has the other end of the socket that is its descriptor 0, by
+    /// the pipe of which descriptor 3 is the end for writing (see [`crate::lending`]). Without them it waits in `pause`.
+    pub fn child_lends(&mut self, name: &'static str, number: i64, arguments: &[u64]) -> Call {
+        self.record(name, number as u64 | MUST_SUCCEED | CHILD_LENDS, arguments)
+    }
+
     fn record(&mut self, name: &'static str, number: u64, arguments: &[u64]) -> Call {
         let mut record = [0u64; 8];
         record[0] = number;
@@ -546,6 +588,7 @@ impl<'a> Script<'a> {
             r12: count,
             r13: done,
             r14: spins,
+            r15: self.arena.base + LEND_AT,
             // No restart logic of an interrupted call may move the instruction pointer.
             orig_rax: u64::MAX,
             rax: 0,

@@ -727,7 +727,12 @@ impl Frozen {
             ..
         } = self;
         let threads = threads.into_iter().map(|thread| thread.thread).collect();
-        leave_image(source.foothold, source.host, threads, pending)
+        // A filter of its own might end the keeper for a call that the program never made.
+        let status = ProcDir::process(source.host).status()?;
+        let lends = status
+            .seccomp_filters
+            .is_none_or(|count| count as usize <= source.nest_filters);
+        leave_image(source.foothold, source.host, threads, pending, lends)
     }
 
     /// Hashes of all its private pages.
@@ -758,13 +763,19 @@ impl Frozen {
     }
 }
 
-/// Leaves the address space of a parked process to a keeper; its first thread comes first.
+/// Leaves the address space of a parked process to a keeper; its first thread comes first. A keeper that `lends` has
+/// descriptors of its own for it, in the order that `sys::lending` wants.
 pub(super) fn leave_image(
     foothold: Foothold,
     host: i32,
     threads: Vec<Stopped>,
     pending: Vec<i32>,
+    lends: bool,
 ) -> Result<LeftBehind, CaptureError> {
+    const SYS_SOCKETPAIR: i64 = 53;
+    const AF_UNIX: u64 = 1;
+    const SOCK_SEQPACKET: u64 = 5;
+    const SYS_PIPE2: i64 = 293;
     const SYS_SET_TID_ADDRESS: i64 = 218;
     const SYS_SET_ROBUST_LIST: i64 = 273;
     const SYS_CLOSE_RANGE: i64 = 436;
@@ -812,7 +823,18 @@ pub(super) fn leave_image(
     }
     script.attempt("close_range", SYS_CLOSE_RANGE, &[0, u64::from(u32::MAX), 0]);
     // With no signal at its end: should the process come home first, its wait(2) does not see the keeper.
-    let keeper = script.child_parks("clone", SYS_CLONE, &[CLONE_VM, 0, 0, 0, 0]);
+    let clone = [CLONE_VM, 0, 0, 0, 0];
+    let keeper = if lends {
+        // Nothing is open: these become 0 and 1, 2 and 3. Where they are refused, the keeper only keeps.
+        let ends = [script.space(8), script.space(8)].map(|space| space.address);
+        script.attempt("socketpair", SYS_SOCKETPAIR, &[AF_UNIX, SOCK_SEQPACKET, 0, ends[0]]);
+        script.attempt("pipe2", SYS_PIPE2, &[ends[1], 0]);
+        let keeper = script.child_lends("clone", SYS_CLONE, &clone);
+        script.attempt("close_range", SYS_CLOSE_RANGE, &[0, u64::from(u32::MAX), 0]);
+        keeper
+    } else {
+        script.child_parks("clone", SYS_CLONE, &clone)
+    };
     let (leader, answers) = script.run(leader)?;
     let keeper = Pid(answers.of(keeper) as i32);
     leader.set_signal_mask(u64::MAX)?;

@@ -156,7 +156,7 @@ impl Abandoned {
                 foothold: self.foothold,
             });
         }
-        leave_image(self.foothold, self.host, threads, pending)
+        leave_image(self.foothold, self.host, threads, pending, false)
     }
 }
 

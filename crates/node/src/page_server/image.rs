@@ -3,13 +3,14 @@
 use super::ServeError;
 use dunlin_proto::ids::ImageId;
 use dunlin_proto::pages::PAGE_BYTES;
+use dunlin_sys::lending::{Lender, Loan};
 use dunlin_sys::{pagemap, vmcopy};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{OnceLock, PoisonError, RwLock};
+use std::sync::{Mutex, OnceLock, PoisonError, RwLock, TryLockError};
 
 const PAGE: u64 = PAGE_BYTES as u64;
 
@@ -19,6 +20,8 @@ pub(super) struct Image {
     mem: File,
     pagemap: File,
     keeper: OnceLock<Keeper>,
+    /// The keeper again, if it lends and nobody is borrowing just now.
+    lender: Mutex<Option<Lender>>,
     /// First address and address after the last; ascending, not overlapping.
     regions: RwLock<Vec<(u64, u64)>>,
 }
@@ -54,6 +57,7 @@ impl Image {
             mem,
             pagemap,
             keeper: OnceLock::new(),
+            lender: Mutex::new(None),
             regions: RwLock::new(joined(regions)),
         };
         if let Some(pid) = keeper {
@@ -70,9 +74,37 @@ impl Image {
 
     /// The first one stays. One that has ended is none: then everything goes through the file.
     pub(super) fn set_keeper(&self, pid: i32) {
-        if let Some(keeper) = Keeper::new(pid) {
-            let _ = self.keeper.set(keeper);
+        if let Some(keeper) = Keeper::new(pid)
+            && self.keeper.set(keeper).is_ok()
+        {
+            match Lender::of(pid) {
+                Ok(lender) => self.put_back(lender),
+                Err(error) => tracing::debug!(%error, pid, "a keeper's memory is copied, not lent"),
+            }
         }
+    }
+
+    /// Borrows the pages of a request from the keeper, if it lends and nobody else is borrowing. Nothing of the image may
+    /// be written to: only a keeper's memory is lent.
+    pub(super) fn borrow(&self, start: u64, pages: u64) -> Option<Loan> {
+        let lender = match self.lender.try_lock() {
+            Ok(mut lender) => lender.take(),
+            Err(TryLockError::Poisoned(lender)) => lender.into_inner().take(),
+            Err(TryLockError::WouldBlock) => None,
+        };
+        let (spans, count) = spans(start, pages);
+        match lender?.borrow(&spans[..count]) {
+            Ok(loan) => Some(loan),
+            Err(error) => {
+                tracing::debug!(%error, "a keeper does not lend: its memory is copied from now on");
+                None
+            }
+        }
+    }
+
+    /// The lender, after a loan.
+    pub(super) fn put_back(&self, lender: Option<Lender>) {
+        *self.lender.lock().unwrap_or_else(PoisonError::into_inner) = lender;
     }
 
     /// Which pages of `want`, bit i being the page i pages from `start`, have content.
@@ -89,18 +121,7 @@ impl Image {
 
     /// Fills `into` with the content of `pages` (bits as in [`Image::present`]).
     pub(super) fn read(&self, start: u64, pages: u64, into: &mut [u8]) -> Result<(), ServeError> {
-        let mut spans = [vmcopy::Span { address: 0, len: 0 }; 32];
-        let (mut count, mut left) = (0, pages);
-        while left != 0 {
-            let first = left.trailing_zeros();
-            let many = (left >> first).trailing_ones();
-            spans[count] = vmcopy::Span {
-                address: start + u64::from(first) * PAGE,
-                len: many as usize * PAGE_BYTES,
-            };
-            count += 1;
-            left &= (u64::MAX << first).checked_shl(many).unwrap_or(0);
-        }
+        let (spans, count) = spans(start, pages);
         let spans = &spans[..count];
         let mut done = match self.keeper.get() {
             Some(keeper) if count > 0 => keeper.gather(spans, into),
@@ -162,6 +183,23 @@ impl Image {
             source,
         }
     }
+}
+
+/// The runs of pages among the bits from `start` on, and how many there are.
+fn spans(start: u64, pages: u64) -> ([vmcopy::Span; 32], usize) {
+    let mut spans = [vmcopy::Span { address: 0, len: 0 }; 32];
+    let (mut count, mut left) = (0, pages);
+    while left != 0 {
+        let first = left.trailing_zeros();
+        let many = (left >> first).trailing_ones();
+        spans[count] = vmcopy::Span {
+            address: start + u64::from(first) * PAGE,
+            len: many as usize * PAGE_BYTES,
+        };
+        count += 1;
+        left &= (u64::MAX << first).checked_shl(many).unwrap_or(0);
+    }
+    (spans, count)
 }
 
 /// Starts and numbers of pages as starts and ends, ascending; adjacent ones as one, so that a request may cross from one
