@@ -13,6 +13,7 @@ mod journal;
 mod lane;
 mod link;
 mod pace;
+mod reader;
 mod space;
 mod stats;
 mod store;

@@ -13,6 +13,9 @@ const REGION: [(u64, u64); 1] = [(BASE, PAGES)];
 
 #[test]
 fn broken_connections_are_made_again_and_the_program_only_waits() {
+    // Enough for some of it to be missing still after each break.
+    const PAGES: u64 = 40_000;
+    const REGION: [(u64, u64); 1] = [(BASE, PAGES)];
     let source = filled(&REGION, 5);
     let holder = Holder::new(1);
     let (image, unused) = holder.register(&source, &REGION);

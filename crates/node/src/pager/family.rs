@@ -289,7 +289,7 @@ impl Family {
         let now = Instant::now();
         let busy = !self.in_hand.is_empty()
             || self.spaces.iter().any(|s| s.recheck)
-            || self.holders.values().any(|h| h.store.is_ready());
+            || (self.holders.values()).any(|h| h.store.is_ready(h.stands_back(now).is_none()));
         let mut timeout = (!self.spaces.is_empty()).then_some(LIFE_CHECK);
         for holder in self.holders.values() {
             timeout = timeout.into_iter().chain(holder.store.next_tick()).min();
@@ -306,10 +306,9 @@ impl Family {
             fds.push(PollFd::from_borrowed_fd(space.uffd.as_fd(), PollFlags::IN));
         }
         for holder in self.holders.values() {
-            let bulk = holder.stands_back(now).is_none();
             holder
                 .store
-                .poll_set(bulk, &mut |fd, flags| fds.push(PollFd::from_borrowed_fd(fd, flags)));
+                .poll_set(&mut |fd, flags| fds.push(PollFd::from_borrowed_fd(fd, flags)));
         }
         let timeout = timeout.map(|t| Timespec {
             tv_sec: t.as_secs() as i64,

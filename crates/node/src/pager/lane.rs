@@ -1,15 +1,20 @@
 //! One page connection at the client: requests out, replies in, never blocking.
 //!
-//! Owns the socket, what has been asked on it and the reply that is half here. Invariants: replies are matched with
+//! Owns the socket, what has been asked on it and the reply that is half here (of the bulk, a [`Reader`] reads). Invariants: replies are matched with
 //! requests in order, and one that says more than was asked ends the connection; a buffer is handed out whole and
 //! comes back to the pool, never reused while it may still be installed.
 
+use super::claims::Bell;
+use super::reader::Reader;
 use dunlin_cluster::page_map::{PAGE, Want};
 use dunlin_proto::pages::{MAX_PAYLOAD_BYTES, Malformed, PAGE_BYTES, REPLY_BYTES, ReplyHeader, Request};
 use rustix::fd::{AsFd, BorrowedFd};
+use rustix::io::Errno;
+use rustix::net::SendFlags;
 use std::collections::VecDeque;
-use std::io::{self, IoSliceMut, Read, Write};
+use std::io::{self, IoSliceMut, Read};
 use std::net::TcpStream;
+use std::sync::Arc;
 
 /// Buffers for page data; they are large, so they are kept.
 #[derive(Default)]
@@ -64,9 +69,20 @@ pub(super) struct Lane {
     reply: Option<ReplyHeader>,
     /// Bytes read beyond the last reply.
     surplus: VecDeque<u8>,
+    /// Reads instead of us.
+    reader: Option<Reader>,
 }
 
 impl Lane {
+    /// `stream` is blocking and past its hello; a thread of its own reads it and rings.
+    pub(super) fn read_aside(stream: TcpStream, bell: Arc<Bell>, pool: &mut Pool) -> io::Result<Lane> {
+        let reader = Reader::start(stream.try_clone()?, bell, pool)?;
+        Ok(Lane {
+            reader: Some(reader),
+            ..Lane::new(stream, pool)
+        })
+    }
+
     /// `stream` is non-blocking and past its hello.
     pub(super) fn new(stream: TcpStream, pool: &mut Pool) -> Lane {
         Lane {
@@ -79,6 +95,7 @@ impl Lane {
             filled: 0,
             reply: None,
             surplus: VecDeque::new(),
+            reader: None,
         }
     }
 
@@ -146,12 +163,13 @@ impl Lane {
     /// Writes what the socket takes.
     pub(super) fn flush(&mut self) -> io::Result<()> {
         while !self.out.is_empty() {
-            match self.stream.write(self.out.as_slices().0) {
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match rustix::net::send(&self.stream, self.out.as_slices().0, flags) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(written) => drop(self.out.drain(..written)),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
             }
         }
         Ok(())
@@ -163,13 +181,20 @@ impl Lane {
 
     /// Is there something to take without a poll?
     pub(super) fn has_surplus(&self) -> bool {
-        !self.surplus.is_empty()
+        !self.surplus.is_empty() || self.reader.as_ref().is_some_and(Reader::is_ready)
     }
 
-    /// One whole reply, if it is here. Reads no more than about `most` bytes: what is still missing then is left for the
-    /// next call.
-    pub(super) fn receive(&mut self, most: usize, pool: &mut Pool) -> io::Result<Option<Reply>> {
-        let mut left = most;
+    /// One whole reply, if it is here.
+    pub(super) fn receive(&mut self, pool: &mut Pool) -> io::Result<Option<Reply>> {
+        if let Some(reader) = &mut self.reader {
+            let Some((header, payload)) = reader.take(pool)? else {
+                return Ok(None);
+            };
+            pool.give(std::mem::replace(&mut self.payload, payload));
+            self.header = header;
+            let header = self.expect()?;
+            return Ok(Some(self.finish(header, pool)));
+        }
         loop {
             if self.filled >= REPLY_BYTES && self.reply.is_none() {
                 self.reply = Some(self.expect()?);
@@ -191,10 +216,6 @@ impl Lane {
                 + self
                     .reply
                     .map_or_else(|| self.asked.front().map_or(0, hoped_bytes), |h| h.payload_bytes());
-            if left == 0 {
-                return Ok(None);
-            }
-            let hope = hope.min(self.filled.saturating_add(left).max(REPLY_BYTES));
             let read = if self.surplus.is_empty() {
                 let in_header = self.filled.min(REPLY_BYTES);
                 let in_payload = self.filled - in_header;
@@ -213,7 +234,6 @@ impl Lane {
                 self.take_surplus(hope)
             };
             self.filled += read;
-            left = left.saturating_sub(read);
         }
     }
 

@@ -22,6 +22,9 @@ use std::time::{Duration, Instant};
 /// Requests in flight on the bulk connection: at 256 KiB each enough for 10 Gbit/s over 3 ms, and for a holder or a pager
 /// that has to wait for a CPU.
 const WINDOW: usize = 16;
+/// The same while a program faults: on a machine that is short of CPUs, holder or pager have the CPU until they have
+/// dealt with all of it.
+const NARROW_WINDOW: usize = 4;
 /// A page behind so many bulk replies comes sooner if it is asked for again.
 const SOON: usize = 2;
 /// The first pause between attempts to connect, and the longest.
@@ -64,6 +67,7 @@ struct Lanes {
     /// The bulk is asked for in batches: from when half of what was asked has come until the window is full. One write
     /// then carries many requests, and one wake serves them.
     filling: bool,
+    window: usize,
 }
 
 impl Link {
@@ -122,11 +126,19 @@ impl Link {
         }
     }
 
-    fn came_up(&mut self, (faults, bulk): (TcpStream, TcpStream), pool: &mut Pool) {
+    fn came_up(&mut self, (faults, bulk): (TcpStream, TcpStream), pool: &mut Pool) -> bool {
+        let bulk = match Lane::read_aside(bulk, self.bell.clone(), pool) {
+            Ok(bulk) => bulk,
+            Err(error) => {
+                self.fail(error, pool);
+                return false;
+            }
+        };
         let mut lanes = Lanes {
             faults: Lane::new(faults, pool),
-            bulk: Lane::new(bulk, pool),
+            bulk,
             filling: true,
+            window: WINDOW,
         };
         for (start, pages) in &self.survey {
             lanes.bulk.ask_scan(*start, *pages);
@@ -135,6 +147,7 @@ impl Link {
             lanes.bulk.ask_release();
         }
         self.state = State::Up(Box::new(lanes));
+        true
     }
 
     fn known(&mut self, from: u64, to: u64, last: bool) {
@@ -163,12 +176,18 @@ impl Store for Link {
         }
     }
 
+    fn narrow(&mut self, narrow: bool) {
+        if let State::Up(lanes) = &mut self.state {
+            lanes.window = if narrow { NARROW_WINDOW } else { WINDOW };
+        }
+    }
+
     fn wanted(&mut self, want: Want, urgency: Urgency) {
         if let Some(lane) = self.lane(urgency) {
             lane.ask_pages(want);
         }
         if let State::Up(lanes) = &mut self.state {
-            lanes.filling &= lanes.bulk.outstanding() < WINDOW;
+            lanes.filling &= lanes.bulk.outstanding() < lanes.window;
         }
     }
 
@@ -218,9 +237,10 @@ impl Store for Link {
         }
     }
 
-    fn poll_set<'a>(&'a self, bulk: bool, add: &mut dyn FnMut(BorrowedFd<'a>, PollFlags)) {
+    fn poll_set<'a>(&'a self, add: &mut dyn FnMut(BorrowedFd<'a>, PollFlags)) {
         if let State::Up(lanes) = &self.state {
-            for (lane, read) in [(&lanes.faults, true), (&lanes.bulk, bulk)] {
+            // Who reads the bulk rings.
+            for (lane, read) in [(&lanes.faults, true), (&lanes.bulk, false)] {
                 let mut flags = PollFlags::empty();
                 flags.set(PollFlags::IN, read);
                 flags.set(PollFlags::OUT, lane.wants_to_write());
@@ -231,9 +251,9 @@ impl Store for Link {
         }
     }
 
-    fn is_ready(&self) -> bool {
+    fn is_ready(&self, bulk: bool) -> bool {
         match &self.state {
-            State::Up(lanes) => lanes.faults.has_surplus() || lanes.bulk.has_surplus(),
+            State::Up(lanes) => lanes.faults.has_surplus() || bulk && lanes.bulk.has_surplus(),
             State::Broken { .. } => true,
             State::Connecting(_) | State::Pausing(_) | State::Released => false,
         }
@@ -252,12 +272,13 @@ impl Store for Link {
         }
     }
 
-    fn take(&mut self, urgency: Urgency, most: usize, pool: &mut Pool) -> Option<Arrival> {
+    fn take(&mut self, urgency: Urgency, pool: &mut Pool) -> Option<Arrival> {
         match &mut self.state {
             State::Connecting(result) => match result.try_recv() {
                 Ok(Ok(streams)) => {
-                    self.came_up(streams, pool);
-                    return Some(Arrival::Up);
+                    if self.came_up(streams, pool) {
+                        return Some(Arrival::Up);
+                    }
                 }
                 // It has released us and the answer got lost.
                 Ok(Err(e)) if self.releasing && e.kind() == io::ErrorKind::NotFound => {
@@ -273,10 +294,12 @@ impl Store for Link {
                     Urgency::Now => &mut lanes.faults,
                     Urgency::Later => &mut lanes.bulk,
                 };
-                match lane.flush().and_then(|()| lane.receive(most, pool)) {
+                let received = lane.flush().and_then(|()| lane.receive(pool));
+                // Whatever came: as long as nothing is under way, there has to be room.
+                lanes.filling |= lanes.bulk.outstanding() <= lanes.window / 2;
+                match received {
                     Ok(None) => return None,
                     Ok(Some(Reply::Pages { want, present, data })) => {
-                        lanes.filling |= lanes.bulk.outstanding() <= WINDOW / 2;
                         // Not earlier: a holder that accepts and breaks is not to be asked at full speed.
                         self.backoff = BACKOFF.0;
                         return Some(Arrival::Pages { want, present, data });
@@ -338,7 +361,8 @@ fn introduce(image: ImageId, client: ClientId, connect: &Connect) -> io::Result<
             }
         }
         stream.set_read_timeout(None)?;
-        stream.set_nonblocking(true)?;
     }
+    // The bulk is read by a thread that has nothing else to do.
+    faults.set_nonblocking(true)?;
     Ok((faults, bulk))
 }

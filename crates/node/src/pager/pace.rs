@@ -46,11 +46,17 @@ impl Pace {
         self.steps = self.steps.saturating_add(1);
     }
 
+    /// Has the program faulted lately?
+    pub(super) fn is_pressed(&self, now: Instant) -> bool {
+        self.last_fault.is_some_and(|at| now.duration_since(at) <= CALM)
+    }
+
     /// How many pages to handle before faults are looked at again.
     pub(super) fn step_pages(&self, now: Instant) -> u32 {
-        match self.last_fault {
-            Some(at) if now.duration_since(at) <= CALM => self.step_pages,
-            _ => STEP_PAGES.1,
+        if self.is_pressed(now) {
+            self.step_pages
+        } else {
+            STEP_PAGES.1
         }
     }
 }

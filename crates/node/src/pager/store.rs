@@ -44,6 +44,8 @@ pub(super) trait Store {
     fn is_up(&self) -> bool;
     /// Is there room for another request that is not urgent?
     fn has_room(&self) -> bool;
+    /// A program faults: no more is to be under way than keeps the holder busy. What is, a fault may have to wait for.
+    fn narrow(&mut self, narrow: bool);
     /// A page is wanted for reading or writing.
     fn wanted(&mut self, want: Want, urgency: Urgency);
     /// It is up and nothing that it was asked is still to come.
@@ -58,15 +60,14 @@ pub(super) trait Store {
     fn release(&mut self);
     /// Sends what has been asked for.
     fn flush(&mut self);
-    /// What to wait for, the bulk only if that is to be taken: calls `add` for each descriptor.
-    fn poll_set<'a>(&'a self, bulk: bool, add: &mut dyn FnMut(BorrowedFd<'a>, PollFlags));
-    /// Something is there to be taken without waiting.
-    fn is_ready(&self) -> bool;
+    /// What to wait for, besides the bell, which is rung for what comes in bulk: calls `add` for each descriptor.
+    fn poll_set<'a>(&'a self, add: &mut dyn FnMut(BorrowedFd<'a>, PollFlags));
+    /// Something is there to be taken without waiting (`bulk`: that counts).
+    fn is_ready(&self, bulk: bool) -> bool;
     /// When it wants [`Store::tick`], whatever arrives.
     fn next_tick(&self) -> Option<Duration>;
     /// Time has passed.
     fn tick(&mut self, now: Instant);
-    /// The next thing that arrived, of what was asked for `urgency`. About `most` bytes are read for it; if that is not
-    /// all of it, the rest is left for the next call.
-    fn take(&mut self, urgency: Urgency, most: usize, pool: &mut Pool) -> Option<Arrival>;
+    /// The next thing that arrived, of what was asked for `urgency`.
+    fn take(&mut self, urgency: Urgency, pool: &mut Pool) -> Option<Arrival>;
 }

@@ -7,7 +7,6 @@ use super::store::{Arrival, Urgency};
 use super::{Finish, SpaceId};
 use dunlin_cluster::page_map::{PAGE, Want};
 use dunlin_proto::ids::ImageId;
-use dunlin_proto::pages::PAGE_BYTES;
 use dunlin_sys::pagemap;
 use std::time::{Duration, Instant};
 
@@ -77,7 +76,7 @@ impl Family {
             }
             let mut pages = 0;
             while pages < PAGES_PER_TURN {
-                let Some(arrival) = self.take(image, Urgency::Now, usize::MAX) else {
+                let Some(arrival) = self.take(image, Urgency::Now) else {
                     break;
                 };
                 if let Arrival::Pages { present, .. } = &arrival {
@@ -88,8 +87,7 @@ impl Family {
             // While something cannot be installed, more of the same would only pile up; and while a program waits,
             // the bulk stands back, but not for ever.
             if self.in_hand.is_empty() && !self.bulk_waits(image, now) {
-                let most = self.pace.step_pages(now) as usize * PAGE_BYTES;
-                match self.take(image, Urgency::Later, most) {
+                match self.take(image, Urgency::Later) {
                     Some(Arrival::Pages { want, present, data }) => {
                         self.install_in_steps(image, InHand { want, present, data });
                     }
@@ -125,7 +123,7 @@ impl Family {
             }
             let spaces: Vec<SpaceId> = self.spaces.iter().map(|s| s.shared.id).collect();
             self.read_events(&spaces);
-            while let Some(arrival) = self.take(image, Urgency::Now, usize::MAX) {
+            while let Some(arrival) = self.take(image, Urgency::Now) {
                 self.arrived(image, arrival);
             }
         }
@@ -147,8 +145,8 @@ impl Family {
         waits
     }
 
-    fn take(&mut self, image: ImageId, urgency: Urgency, most: usize) -> Option<Arrival> {
-        self.holders.get_mut(&image)?.store.take(urgency, most, &mut self.pool)
+    fn take(&mut self, image: ImageId, urgency: Urgency) -> Option<Arrival> {
+        self.holders.get_mut(&image)?.store.take(urgency, &mut self.pool)
     }
 
     fn arrived(&mut self, image: ImageId, arrival: Arrival) {
@@ -262,6 +260,8 @@ impl Family {
     }
 
     pub(super) fn ask(&mut self) {
+        let narrow = self.pace.is_pressed(Instant::now());
+        self.holders.values_mut().for_each(|holder| holder.store.narrow(narrow));
         for index in 0..self.spaces.len() {
             loop {
                 let holders = &self.holders;
