@@ -18,6 +18,9 @@ use std::os::unix::fs::FileExt;
 
 const JUMP_TO_ITSELF: [u8; 2] = [0xeb, 0xfe];
 const MAGIC: u64 = 0x6567_7566_6572_6e64;
+const SYS_MADVISE: i64 = 28;
+const MADV_POPULATE_WRITE: u64 = 23;
+const PAGE: u64 = 4096;
 /// Below the stack pointer: the red zone, and the frame.
 const BELOW: u64 = 128 + 512;
 const REGISTER_WORDS: usize = size_of::<Registers>() / 8;
@@ -30,6 +33,7 @@ const CHUNK_BYTES: usize = 128 << 10;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refuge {
     door: u64,
+    syscall_at: u64,
     /// The stack that the kernel made: nobody else's memory is there.
     stack: Range<u64>,
 }
@@ -85,6 +89,7 @@ impl Refuge {
                 if let Some(found) = chunk[..length].windows(2).position(|w| w == JUMP_TO_ITSELF) {
                     return Ok(Some(Refuge {
                         door: at + found as u64,
+                        syscall_at,
                         stack,
                     }));
                 }
@@ -96,7 +101,8 @@ impl Refuge {
     }
 
     /// Puts a stopped thread there, for the time of some injected calls; the caller puts its registers back, and then
-    /// [smooths](Trodden::smooth) what comes back. Without a place to be had, it goes without.
+    /// [smooths](Trodden::smooth) what comes back. Without a place to be had, it goes without. If the others are stopped, a
+    /// page that is elsewhere (which nobody can write to from outside) is waited for: it must be able to come.
     pub fn enter(
         &self,
         thread: &Stopped,
@@ -125,7 +131,15 @@ impl Refuge {
             memory.write_all_at(&bytes, frame_at)?;
             Ok((!is_free).then_some(Trodden { at: frame_at, before }))
         };
-        let Ok(trodden) = write() else { return Ok(None) };
+        let mut written = write();
+        if written.is_err() && others == Others::Stopped {
+            let first = frame_at & !(PAGE - 1);
+            let bytes = (frame_at + bytes.len() as u64 - first).next_multiple_of(PAGE);
+            let arguments = [first, bytes, MADV_POPULATE_WRITE, 0, 0, 0];
+            Stopped::assume(thread.tid()).inject(self.syscall_at, SYS_MADVISE, arguments)?;
+            written = write();
+        }
+        let Ok(trodden) = written else { return Ok(None) };
         thread.set_registers(&Registers {
             rip: self.door,
             rsp: frame_at,
