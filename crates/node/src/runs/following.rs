@@ -38,14 +38,15 @@ impl Runs {
     }
 
     /// A descriptor for a process that comes here with this stream: a new end of the run's own pipe or terminal at its
-    /// origin, else of the local relay's. Its open file description is new; flags and position are the mover's.
+    /// origin, else of the local relay's. Its open file description is new; flags and position are the mover's. Of a stream
+    /// that is over at its origin, one whose other end is gone.
     pub fn open_remote(&self, stream: StreamRef) -> io::Result<OwnedFd> {
         if stream.run.origin == self.own {
             let run = self.run(stream.run);
-            let port = run
-                .and_then(|r| r.streams.port(stream.stream))
-                .ok_or_else(|| gone(stream))?;
-            return port.near();
+            return match run.and_then(|r| r.streams.port(stream.stream)) {
+                Some(port) => port.near(),
+                None => self.open_ended(stream.stream),
+            };
         }
         if let Some(relay) = self.relay(|r| r.stream() == stream) {
             return relay.port().near();
@@ -65,6 +66,17 @@ impl Runs {
         Ok(near)
     }
 
+    /// What a process finds of a stream when the caller of its run has gone, or a second daemon has come since: the end of
+    /// the input, nobody who reads the output, a terminal that has hung up.
+    fn open_ended(&self, stream: StreamKind) -> io::Result<OwnedFd> {
+        let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        match stream {
+            StreamKind::Stdin => Ok(read),
+            StreamKind::Stdout | StreamKind::Stderr => Ok(write),
+            StreamKind::Tty => terminal::slave(self.keeper.terminal()?.as_fd()),
+        }
+    }
+
     pub(super) fn start_relay(&self, stream: StreamRef, far: Option<OwnedFd>) -> io::Result<(Arc<Relay>, OwnedFd)> {
         let dial = Arc::new(RelayDial(self.myself.clone()));
         let (relay, near) = Relay::start(stream, random()?, far, dial)?;
@@ -77,9 +89,9 @@ impl Runs {
     pub fn settle(&self, stream: StreamRef) -> io::Result<Option<TtyState>> {
         let port = if stream.run.origin == self.own {
             let run = self.run(stream.run);
-            let port = run
-                .and_then(|r| r.streams.port(stream.stream))
-                .ok_or_else(|| gone(stream))?;
+            let Some(port) = run.and_then(|r| r.streams.port(stream.stream)) else {
+                return Ok(None);
+            };
             port.drain();
             port
         } else {

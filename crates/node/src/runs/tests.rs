@@ -201,6 +201,41 @@ fn a_caller_that_leaves_is_noticed_by_the_program() {
 }
 
 #[test]
+fn a_process_finds_the_ends_of_streams_that_are_over_where_its_run_began() {
+    let node = Node::new("ended", 1);
+    let runs = node.daemon();
+    let (run, mut child, _told) = start(&runs, Wiring::Pipes, &["sleep", "1000"]);
+    let pid = run.pid().unwrap();
+    let [input, output] = [StreamKind::Stdin, StreamKind::Stdout].map(|stream| StreamRef { run: run.id, stream });
+    // As kill -9 does. The second daemon after it knows of no input any more.
+    let cut = |runs: Arc<Runs>, run: Arc<Run>| {
+        run.streams().cut();
+        drop((run, runs));
+        let runs = node.daemon();
+        assert_eq!(runs.restore().unwrap(), [pid]);
+        (runs.of(pid).unwrap(), runs)
+    };
+    let (run, runs) = cut(runs, run);
+    let (run, runs) = cut(runs, run);
+    let at_its_end = |runs: &Runs| {
+        let mut stdin = File::from(runs.open_remote(input).unwrap());
+        assert_eq!(stdin.read(&mut [0; 4]).unwrap(), 0);
+        runs.settle(input).unwrap();
+    };
+    at_its_end(&runs);
+    // Its output is a log by now, until it is abandoned.
+    File::from(runs.open_remote(output).unwrap())
+        .write_all(b"word")
+        .unwrap();
+    runs.abandon(&run);
+    at_its_end(&runs);
+    let written = File::from(runs.open_remote(output).unwrap()).write_all(b"word");
+    assert_eq!(written.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    child.kill().unwrap();
+    end(&runs, &mut child);
+}
+
+#[test]
 fn a_terminal_has_its_size_and_interrupts() {
     let runs = Node::new("tty", 1).daemon();
     let size = WindowSize { rows: 12, cols: 34 };
