@@ -7,8 +7,10 @@
 //! pages.
 
 mod ahead;
+mod clocks;
 pub(crate) mod descriptors;
 mod ended;
+mod error;
 pub mod freeze;
 pub mod held;
 mod questions;
@@ -16,6 +18,7 @@ mod reading;
 pub mod shared;
 mod sleep;
 pub mod space;
+mod stop;
 mod surroundings;
 mod threads;
 mod trap;
@@ -23,19 +26,21 @@ mod waker;
 mod writes;
 
 pub use ahead::{Run, Watch, demanded};
+pub use clocks::{clock_offsets, clocks, time_offsets};
 pub use descriptors::Met;
 pub use ended::made_again;
+pub use error::CaptureError;
 pub use sleep::{let_go, monotonic_ns, remember, select_limit, select_unit_ns};
 pub use surroundings::Surroundings;
 pub use threads::{from_words, to_words};
 pub use trap::Trap;
 
-use crate::obstacle::{self, obstacle};
+use crate::obstacle::obstacle;
 use descriptors::Glimpse;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{Pid, RunId};
 use dunlin_proto::image::{Files, Lineage, MappingKind, Pages, Plan, ProcessImage, Space, ThreadImage, Traits};
-use dunlin_sys::foothold::{Foothold, FootholdError, syscall_instruction};
+use dunlin_sys::foothold::{Foothold, syscall_instruction};
 use dunlin_sys::inspect;
 use dunlin_sys::pagemap::{self, Query};
 use dunlin_sys::procfs::ProcDir;
@@ -43,9 +48,9 @@ use dunlin_sys::procfs::fdinfo::parse_timers;
 use dunlin_sys::procfs::limits;
 use dunlin_sys::procfs::maps::{Mapping, VmFlags};
 use dunlin_sys::procfs::status::Status;
-use dunlin_sys::ptrace::{Options, Registers, Running, Stop, Stopped, TraceError};
+use dunlin_sys::ptrace::{Options, Registers, Running, Stop, Stopped};
 use dunlin_sys::refuge::{Others, Refuge};
-use dunlin_sys::script::{Held, Script, ScriptError};
+use dunlin_sys::script::{Held, Script};
 use dunlin_sys::uffd::Uffd;
 use questions::{ProcessAnswers, ProcessQuestions};
 use sleep::Sleeps;
@@ -53,94 +58,12 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
+use std::time::Instant;
+use stop::{STOP_PATIENCE, await_stop, refuse_at_once, stop_one};
 
-/// How long a thread may take to stop before the move is refused.
-const STOP_PATIENCE: Duration = Duration::from_secs(2);
 /// All signals blocked but SIGTRAP, which ends a script.
 pub const SCRIPT_MASK: u64 = !(1 << 4);
 const PAGE: u64 = 4096;
-
-/// Why a process could not be captured. It runs on as before.
-#[derive(Debug, thiserror::Error)]
-pub enum CaptureError {
-    /// It has ended.
-    #[error("the process has ended")]
-    Gone,
-    /// Something about it cannot be moved.
-    #[error("{}", obstacle::summary(.0))]
-    Obstacles(Vec<Obstacle>),
-    /// The kernel did not do what it should.
-    #[error("{what}: {source}")]
-    Kernel {
-        /// What was attempted.
-        what: &'static str,
-        /// What came of it.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-}
-
-impl From<crate::sockets::leaving::LeaveError> for CaptureError {
-    fn from(error: crate::sockets::leaving::LeaveError) -> Self {
-        match error {
-            crate::sockets::leaving::LeaveError::Obstacles(obstacles) => CaptureError::Obstacles(obstacles),
-            source => CaptureError::Kernel {
-                what: "capturing sockets",
-                source: source.into(),
-            },
-        }
-    }
-}
-
-impl From<TraceError> for CaptureError {
-    fn from(error: TraceError) -> Self {
-        match error {
-            TraceError::Gone { .. } => CaptureError::Gone,
-            source => CaptureError::Kernel {
-                what: "tracing",
-                source: source.into(),
-            },
-        }
-    }
-}
-
-impl From<FootholdError> for CaptureError {
-    fn from(error: FootholdError) -> Self {
-        match error {
-            FootholdError::Trace(error) => error.into(),
-            source => CaptureError::Kernel {
-                what: "gaining a foothold",
-                source: source.into(),
-            },
-        }
-    }
-}
-
-impl From<ScriptError> for CaptureError {
-    fn from(error: ScriptError) -> Self {
-        match error {
-            ScriptError::Trace(error) => error.into(),
-            source => CaptureError::Kernel {
-                what: "a script",
-                source: source.into(),
-            },
-        }
-    }
-}
-
-impl From<io::Error> for CaptureError {
-    fn from(source: io::Error) -> Self {
-        match source.raw_os_error() {
-            // What /proc answers for a task that has gone.
-            Some(3) => CaptureError::Gone,
-            _ if source.kind() == io::ErrorKind::NotFound => CaptureError::Gone,
-            _ => CaptureError::Kernel {
-                what: "reading /proc",
-                source: source.into(),
-            },
-        }
-    }
-}
 
 /// A process that is being moved away, while it runs.
 pub struct Source {
@@ -380,73 +303,6 @@ impl Source {
     }
 }
 
-fn refuse_at_once(pid: Pid, dir: &ProcDir, status: &Status) -> Result<(), CaptureError> {
-    let mut obstacles = Vec::new();
-    if matches!(status.state, 'Z' | 'X') {
-        if status.threads <= 1 {
-            return Err(CaptureError::Gone);
-        }
-        obstacles.push(obstacle(
-            pid,
-            "thread",
-            format_args!("thread {pid}"),
-            "the first thread has ended while others run",
-            "such a process cannot be moved; start it again where it should run",
-        ));
-    }
-    if status.tracer != 0 {
-        let name = ProcDir::process(status.tracer).text("comm").unwrap_or_default();
-        obstacles.push(obstacle(
-            pid,
-            "thread",
-            format_args!("process {pid}"),
-            format!("it is traced by process {} ({})", status.tracer, name.trim()),
-            "end the debugger or strace session first",
-        ));
-    }
-    if dir.text("status")?.lines().any(|l| l == "Seccomp:\t1") {
-        obstacles.push(obstacle(
-            pid,
-            "thread",
-            format_args!("process {pid}"),
-            "it is in seccomp's strict mode and cannot make the calls that a move needs",
-            "use seccomp filters instead of strict mode",
-        ));
-    }
-    if obstacles.is_empty() {
-        Ok(())
-    } else {
-        Err(CaptureError::Obstacles(obstacles))
-    }
-}
-
-/// Stops one thread; one that does not stop is an obstacle.
-fn stop_one(pid: Pid, running: Running) -> Result<(Stopped, Stop), CaptureError> {
-    running.interrupt()?;
-    await_stop(pid, running)
-}
-
-/// Waits for a thread that was asked to stop.
-fn await_stop(pid: Pid, running: Running) -> Result<(Stopped, Stop), CaptureError> {
-    running
-        .stopped(Instant::now() + STOP_PATIENCE)
-        .map_err(|error| match error {
-            TraceError::Unstoppable { tid, .. } => CaptureError::Obstacles(vec![unstoppable(pid, tid)]),
-            other => other.into(),
-        })
-}
-
-fn unstoppable(pid: Pid, tid: i32) -> Obstacle {
-    let wchan = ProcDir::process(tid).text("wchan").unwrap_or_default();
-    obstacle(
-        pid,
-        "thread",
-        format_args!("thread with host number {tid}"),
-        format!("it sleeps uninterruptibly ({wchan}): a vfork parent, or a file system that does not answer"),
-        "wait until the call has ended, then try again",
-    )
-}
-
 /// Plants the foothold and asks the process what only it can answer. The caller puts registers and mask back.
 fn first_stop(
     thread: Stopped,
@@ -596,44 +452,6 @@ fn read_traits(dir: &ProcDir, status: &Status, answers: &ProcessAnswers) -> Resu
     })
 }
 
-/// CLOCK_MONOTONIC and CLOCK_BOOTTIME as the process sees them.
-pub fn clocks(dir: &ProcDir) -> [i64; 2] {
-    use rustix::time::{ClockId, clock_gettime};
-    let ours = |clock| {
-        let now = clock_gettime(clock);
-        now.tv_sec * 1_000_000_000 + now.tv_nsec
-    };
-    let [monotonic, boottime] = clock_offsets(dir);
-    [ours(ClockId::Monotonic) + monotonic, ours(ClockId::Boottime) + boottime]
-}
-
-/// How far the clocks of a process are ahead of this daemon's, nanoseconds. See time_namespaces(7).
-pub fn clock_offsets(dir: &ProcDir) -> [i64; 2] {
-    let [monotonic, boottime] = time_offsets(&dir.text("timens_offsets").unwrap_or_default());
-    let own = ProcDir::process(std::process::id() as i32)
-        .text("timens_offsets")
-        .unwrap_or_default();
-    let [own_monotonic, own_boottime] = time_offsets(&own);
-    [monotonic - own_monotonic, boottime - own_boottime]
-}
-
-/// The offsets of a time namespace, nanoseconds. See time_namespaces(7).
-pub fn time_offsets(text: &str) -> [i64; 2] {
-    let of = |clock: &str| {
-        text.lines()
-            .filter_map(|line| {
-                let mut fields = line.split_ascii_whitespace();
-                (fields.next()? == clock).then_some(())?;
-                let seconds: i64 = fields.next()?.parse().ok()?;
-                let nanos: i64 = fields.next()?.parse().ok()?;
-                Some(seconds * 1_000_000_000 + nanos)
-            })
-            .next()
-            .unwrap_or(0)
-    };
-    [of("monotonic"), of("boottime")]
-}
-
 fn placeholder(tid: Pid) -> ThreadImage {
     ThreadImage {
         tid,
@@ -663,17 +481,5 @@ pub fn parked(foothold: &Foothold, registers: &Registers) -> Registers {
         orig_rax: u64::MAX,
         rax: 0,
         ..*registers
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn offsets_are_read() {
-        let text = "monotonic          1000         5\nboottime          -7         0\n";
-        assert_eq!(time_offsets(text), [1_000_000_000_005, -7_000_000_000]);
-        assert_eq!(time_offsets(""), [0, 0]);
     }
 }

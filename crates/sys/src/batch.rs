@@ -133,7 +133,7 @@ impl<'a> Batch<'a> {
     fn await_done(&self, lane: &Lane) -> Result<Running, ScriptError> {
         let mut running = Running::announced(lane.tid);
         let mut turns = 0u32;
-        while !self.arena.is_set(lane.done) {
+        while !self.arena.is_set(lane.done.offset) {
             turns = turns.saturating_add(1);
             crate::script::rest(turns);
             if !crate::script::looks(turns) {

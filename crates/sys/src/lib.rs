@@ -5,6 +5,7 @@
 //! sound; a kernel answer is parsed, never asserted.
 
 pub mod addfd;
+mod arena;
 pub mod batch;
 pub mod bpf;
 pub mod fdcalls;
