@@ -58,8 +58,12 @@ fn a_file_that_is_not_there_is_refused_by_its_name() {
 }
 
 #[test]
-fn shared_memory_is_refused() {
-    refused("shared", "m = mmap.mmap(-1, 1 << 20)", &["shared"]);
+fn shared_memory_with_a_descriptor_is_refused() {
+    refused(
+        "shared",
+        "f = os.memfd_create('memory'); os.truncate(f, 1 << 20); m = mmap.mmap(f, 1 << 20)",
+        &["shared"],
+    );
 }
 
 #[test]

@@ -70,6 +70,19 @@ fn an_event_loop_of_python() {
 }
 
 #[test]
+fn an_event_loop_at_whose_door_there_is_always_somebody() {
+    let (lab, _workshop, server) = serving("srv-knock", "ready", |_| {
+        vec![
+            PYTHON.into(),
+            program("swapcase.py").display().to_string(),
+            "9001".into(),
+        ]
+    });
+    let at_work = clients(&lab, "knock", "9001", "12");
+    goes_round(&lab, &server, at_work);
+}
+
+#[test]
 fn a_web_server_in_go_with_connections_that_come_and_go() {
     let (lab, _workshop, server) = serving("srv-go", "ready", |workshop| {
         vec![workshop.compile("digests.go").display().to_string(), "9002".into()]

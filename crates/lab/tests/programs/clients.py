@@ -4,6 +4,7 @@ what went wrong.
   redis ADDRESS PORT COUNT     COUNT connections with pipelines of SET, INCR, APPEND and GET, and one message after the other from
                                a publisher to a subscriber: each must come once, in order
   lines ADDRESS PORT COUNT     lines, to a server that swaps their cases
+  knock ADDRESS PORT COUNT     the same, with a new connection for each line
   post ADDRESS PORT COUNT      HTTP requests with a body, to a server that answers with its SHA-256; a new connection now and then
   fetch ADDRESS PORT COUNT     downloads of /big, whose SHA-256 is in /digest
 """
@@ -137,6 +138,21 @@ class Lines(Talk):
         self.expect(line.swapcase())
 
 
+class Knock(Lines):
+    """What it says is there before anybody has accepted it."""
+
+    def open(self):
+        pass
+
+    def close(self):
+        pass
+
+    def round(self, dice):
+        super().open()
+        super().round(dice)
+        super().close()
+
+
 class Post(Talk):
     def open(self):
         self.connection = http.client.HTTPConnection(*self.address, timeout=30)
@@ -171,7 +187,7 @@ class Fetch(Post):
             raise ValueError("what was downloaded is not what is there")
 
 
-KINDS = {"redis": Pipeline, "lines": Lines, "post": Post, "fetch": Fetch}
+KINDS = {"redis": Pipeline, "lines": Lines, "knock": Knock, "post": Post, "fetch": Fetch}
 what, address, port, count = sys.argv[1:]
 address = (address, int(port))
 talks = [KINDS[what](address, number) for number in range(int(count))]

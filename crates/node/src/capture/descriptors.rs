@@ -58,7 +58,11 @@ pub fn read(
             None => {
                 let kind = match before.and_then(|(glimpses, files)| unchanged(glimpse, glimpses, files)) {
                     Some(kind) => Ok(kind.clone()),
-                    None => describe(&look)?,
+                    None => match describe(&look) {
+                        // The program runs, and has closed it meanwhile. The freeze will see what is there then.
+                        Err(_) if before.is_none() && is_gone(&dir, glimpse)? => continue,
+                        described => described?,
+                    },
                 };
                 match kind {
                     Ok(kind) => files.descriptions.push(Description {
@@ -133,6 +137,11 @@ pub fn shared_since(
         obstacles.extend(refusal.map(|obstacle| *obstacle));
     }
     Ok(())
+}
+
+/// Is it closed, or another one by now?
+fn is_gone(dir: &ProcDir, glimpse: &Glimpse) -> io::Result<bool> {
+    Ok(Glimpse::of(dir, glimpse.number)?.is_none_or(|now| !now.is_like(glimpse)))
 }
 
 /// What a descriptor is that is as it was.

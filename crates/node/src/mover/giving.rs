@@ -126,6 +126,11 @@ impl Outgoing<'_> {
             each.map(|(key, number, _, socket)| (key, source.pid, source.host, number, socket.clone()))
         });
         let planned: Vec<_> = planned.collect();
+        if !self.still {
+            self.sockets
+                .close_doors(&mover.edge, self.plan.move_id, &planned)
+                .map_err(LeaveError::from)?;
+        }
         let held = planned.iter().map(|(key, .., socket)| (*key, socket.clone()));
         self.sockets
             .hold(&mover.edge, self.plan.move_id, held)

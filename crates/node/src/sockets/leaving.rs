@@ -19,7 +19,12 @@ use dunlin_sys::socket::{self, FAMILY_V6, udp};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
+/// So long a program has time to accept whoever is at its doors when it is about to be stopped; it is looked how far it is so
+/// often.
+const DOORS_WITHIN: Duration = Duration::from_millis(100);
+const DOORS_EVERY: Duration = Duration::from_micros(300);
 /// How often packets that were on their way when they were to be held may come in between.
 const ROUNDS: u32 = 20;
 
@@ -170,6 +175,32 @@ impl Leaving {
         }
     }
 
+    /// Nobody new comes to the doors that the plan names; whoever is at them already is waited for, while the program still
+    /// runs: connections that it has not accepted cannot be read. If it does not accept them in time, [`Leaving::capture`]
+    /// says so.
+    pub fn close_doors(
+        &mut self,
+        edge: &Edge,
+        by: MoveId,
+        planned: &[(u64, Pid, i32, i32, Socket)],
+    ) -> Result<(), EdgeError> {
+        let doors: Vec<_> = planned.iter().filter(|(.., socket)| socket.listening).collect();
+        let endpoints = doors.iter().flat_map(|(.., socket)| endpoints::of(socket)).collect();
+        self.hold_more(edge, by, endpoints)?;
+        let watched: Vec<(OwnedFd, i32, u16)> = doors
+            .iter()
+            .filter_map(|(_, _, host, number, socket)| {
+                let fd = Table::of(*host).ok()?.take(*number).ok()?;
+                Some((fd, *host, socket.local?.port()))
+            })
+            .collect();
+        let until = Instant::now() + DOORS_WITHIN;
+        while watched.iter().any(|(fd, host, port)| is_besieged(fd, *host, *port)) && Instant::now() < until {
+            std::thread::sleep(DOORS_EVERY);
+        }
+        Ok(())
+    }
+
     /// From now on the packets of the sockets that the plan names are kept.
     pub fn hold(
         &mut self,
@@ -296,7 +327,6 @@ impl Leaving {
 
     /// Connections that no program has yet cannot be read; the next attempt will find them accepted.
     fn refuse_unfinished(&self, owners: &[Owner<'_>]) -> Result<(), LeaveError> {
-        const SYN_RECEIVED: u8 = State::SynReceived as u8;
         let mut ports = BTreeSet::new();
         let mut obstacles = Vec::new();
         for taken in self.taken.iter().filter(|t| t.is.listening) {
@@ -320,7 +350,7 @@ impl Leaving {
             })?;
             let mut opening = rows
                 .iter()
-                .filter(|row| row.state == SYN_RECEIVED && ports.contains(&row.local.port()));
+                .filter(|row| row.state == State::SynReceived as u8 && ports.contains(&row.local.port()));
             if let Some(row) = opening.next() {
                 obstacles.push(obstacle::obstacle(
                     owner.pid,
@@ -471,6 +501,14 @@ impl Taken {
             }
         }))
     }
+}
+
+/// Is there a connection at this listening socket that is being opened, or that nobody has accepted?
+fn is_besieged(door: &OwnedFd, host: i32, port: u16) -> bool {
+    let opening =
+        |row: &dunlin_sys::procfs::net::TcpRow| row.state == State::SynReceived as u8 && row.local.port() == port;
+    tcp::info(door.as_fd()).is_ok_and(|info| info.waiting > 0)
+        || tcp_rows(host).is_ok_and(|rows| rows.iter().any(opening))
 }
 
 fn kernel(pid: Pid, number: i32) -> impl Fn(io::Error) -> LeaveError {

@@ -219,7 +219,8 @@ impl Frozen {
             around,
         };
         let planned = &source.plan.image.files;
-        let same = glimpses == source.glimpses;
+        // What was closed while the plan was made is not in it, even if the same is open again.
+        let same = glimpses == source.glimpses && glimpses.len() == planned.table.len();
         if same && !descriptors::is_volatile(planned) {
             descriptors::shared_since(&owner, &glimpses, planned, obstacles)?;
             return Ok(None);
