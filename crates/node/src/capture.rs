@@ -39,7 +39,7 @@ use crate::obstacle::obstacle;
 use descriptors::Glimpse;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{Pid, RunId};
-use dunlin_proto::image::{Files, Lineage, MappingKind, Pages, Plan, ProcessImage, Space, ThreadImage, Traits};
+use dunlin_proto::image::{Files, Lineage, Pages, Plan, ProcessImage, Space, ThreadImage, Traits};
 use dunlin_sys::foothold::{Foothold, syscall_instruction};
 use dunlin_sys::inspect;
 use dunlin_sys::pagemap::{self, Query};
@@ -287,7 +287,7 @@ impl Source {
     fn read_file_pages(&self) -> io::Result<Vec<Pages>> {
         let mut runs = Vec::new();
         for mapping in &self.plan.image.space.mappings {
-            if let MappingKind::PrivateFile { .. } = mapping.kind {
+            if mapping.kind.is_copied() {
                 for range in pagemap::scan(&self.pagemap, mapping.start, mapping.end, Query::CONTENT) {
                     let range = range.map_err(io::Error::from)?;
                     let mut bytes = vec![0u8; (range.end - range.start) as usize];

@@ -9,6 +9,7 @@ pub mod dirty;
 pub mod edge;
 pub mod entries;
 pub mod files;
+pub mod hugepages;
 pub mod init;
 pub mod install;
 pub mod logs;

@@ -24,6 +24,7 @@ pub use mappings::Remade;
 use crate::capture::space;
 use crate::descriptors::{epoll, file, unix};
 use crate::files::{Use, open_same};
+use crate::hugepages;
 use crate::install::{InstallError, Installer};
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::{Pid, RunId};
@@ -160,6 +161,15 @@ pub fn examine(plan: &Plan, root: &OwnedFd, shared: &[PathBuf]) -> Vec<Obstacle>
     let pid = plan.image.lineage.pid;
     let space = &plan.image.space;
     let mut obstacles = Vec::new();
+    if let Some((size, wanted, free)) = hugepages::missing(&space.mappings) {
+        obstacles.push(crate::obstacle::obstacle(
+            pid,
+            "memory",
+            format_args!("huge pages of {} KiB", size >> 10),
+            format!("the program has {wanted} of them, and the destination has {free} free"),
+            "raise vm.nr_hugepages on the destination (sysctl)",
+        ));
+    }
     let mut look = |file: &FileRef, flags: OFlags, how: Use| {
         if let Err(error) = open_same(root.as_fd(), file, flags, how, shared) {
             let obstacle = file::missing(pid, file, &error);
@@ -186,7 +196,10 @@ pub fn examine(plan: &Plan, root: &OwnedFd, shared: &[PathBuf]) -> Vec<Obstacle>
                     look(file, OFlags::RDWR, Use::Identity);
                 }
             }
-            MappingKind::Anonymous | MappingKind::SharedMemory { .. } | MappingKind::Kernel(_) => {}
+            MappingKind::Anonymous
+            | MappingKind::SharedMemory { .. }
+            | MappingKind::HugePages { .. }
+            | MappingKind::Kernel(_) => {}
         }
     }
     for description in &plan.image.files.descriptions {

@@ -33,8 +33,7 @@ pub fn digest(memory: &File, pagemap: &File, mappings: &[Mapping], without: &[(u
     let mut digest = Digest::new();
     let mut page = [0u8; PAGE];
     for mapping in mappings {
-        let private = matches!(mapping.kind, MappingKind::Anonymous | MappingKind::PrivateFile { .. });
-        if !private {
+        if mapping.kind != MappingKind::Anonymous && !mapping.kind.is_copied() {
             continue;
         }
         for range in pagemap::scan(pagemap, mapping.start, mapping.end, Query::CONTENT) {

@@ -200,8 +200,20 @@ pub enum MappingKind {
         /// The length of the whole memory, in bytes.
         length: u64,
     },
+    /// Private memory of explicit huge pages (MAP_HUGETLB): what the program wrote travels before the resume.
+    HugePages {
+        /// The size of one, as a power of two (21: 2 MiB).
+        log2: u32,
+    },
     /// The kernel's own: `[vdso]`, `[vvar]`, `[vvar_vclock]`, in this order of the letter.
     Kernel(KernelMapping),
+}
+
+impl MappingKind {
+    /// Do the pages that the program wrote travel before the resume?
+    pub fn is_copied(self) -> bool {
+        matches!(self, MappingKind::PrivateFile { .. } | MappingKind::HugePages { .. })
+    }
 }
 
 /// A mapping that the kernel makes.

@@ -5,6 +5,7 @@
 
 use super::shared;
 use crate::files::file_ref;
+use crate::hugepages;
 use crate::obstacle;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::ids::Pid;
@@ -78,6 +79,15 @@ pub fn read(
             }
         }
     }
+    if hugepages::total(&mappings) > hugepages::MAX_BYTES {
+        obstacles.push(obstacle::obstacle(
+            pid,
+            "memory",
+            format_args!("process {pid}"),
+            hugepages::TOO_LARGE,
+            "use transparent huge pages (madvise)",
+        ));
+    }
     let l = layout;
     Ok(Space {
         layout: [
@@ -129,8 +139,11 @@ fn classify(
         b"[vvar]" => Ok(MappingKind::Kernel(KernelMapping::Vvar)),
         b"[vvar_vclock]" => Ok(MappingKind::Kernel(KernelMapping::VvarClock)),
         b"[uprobes]" => Err(("it is being probed", "remove the uprobes on the program")),
+        _ if hugepages::is(mapping) => Ok(hugepages::classify(
+            &dir.path(&format!("map_files/{:x}-{:x}", mapping.start, mapping.end)),
+        )?),
         _ if has(b"ht") => Err((
-            "explicit huge pages (hugetlbfs) cannot be moved yet",
+            "shared memory of explicit huge pages, or of a file in hugetlbfs, cannot be moved yet",
             "use transparent huge pages (madvise)",
         )),
         _ if has(b"ss") => Err((

@@ -590,7 +590,10 @@ fn check_sound(pid: Pid, image: &ProcessImage) -> Result<(), RestoreError> {
     }
     let file_of = |kind| match kind {
         MappingKind::PrivateFile { file, .. } | MappingKind::SharedFile { file, .. } => Some(file),
-        MappingKind::Anonymous | MappingKind::SharedMemory { .. } | MappingKind::Kernel(_) => None,
+        MappingKind::Anonymous
+        | MappingKind::SharedMemory { .. }
+        | MappingKind::HugePages { .. }
+        | MappingKind::Kernel(_) => None,
     };
     if mappings
         .iter()

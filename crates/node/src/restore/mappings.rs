@@ -35,6 +35,9 @@ const MAP_PRIVATE: u64 = 2;
 const MAP_ANONYMOUS: u64 = 0x20;
 const MAP_GROWSDOWN: u64 = 0x100;
 const MAP_NORESERVE: u64 = 0x4000;
+const MAP_HUGETLB: u64 = 0x4_0000;
+const MAP_HUGE_SHIFT: u32 = 26;
+const MAP_HUGE_MASK: u32 = 0x3f;
 const MAP_FIXED_NOREPLACE: u64 = 0x10_0000;
 const MREMAP_TO: u64 = 3;
 const USERFAULTFD_IOC_NEW: u64 = 0xaa00;
@@ -166,7 +169,7 @@ pub fn map(
             MappingKind::SharedFile {
                 file, writable: true, ..
             } => (file, OFlags::RDWR, Use::Identity),
-            MappingKind::Anonymous | MappingKind::Kernel(_) => continue,
+            MappingKind::Anonymous | MappingKind::HugePages { .. } | MappingKind::Kernel(_) => continue,
         };
         let key = Behind::File(file, flags.bits());
         if numbers.contains_key(&key) {
@@ -246,6 +249,10 @@ fn add_mapping(script: &mut Script<'_>, m: &Mapping, number_of: impl Fn(Behind) 
     let (kind, fd, offset) = match m.kind {
         MappingKind::Kernel(_) => return,
         MappingKind::Anonymous => (MAP_PRIVATE | MAP_ANONYMOUS, -1, 0),
+        MappingKind::HugePages { log2 } => {
+            let size = u64::from(log2 & MAP_HUGE_MASK) << MAP_HUGE_SHIFT;
+            (MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | size, -1, 0)
+        }
         MappingKind::PrivateFile { file, offset } => {
             let behind = Behind::File(file, OFlags::RDONLY.bits());
             (MAP_PRIVATE, number_of(behind), offset)
@@ -401,6 +408,7 @@ pub fn correct(blank: &mut Blank, space: &Space, kit: &mut Kit<'_>) -> Result<Re
             Some((file.path.clone(), file.inode, offset))
         }
         MappingKind::SharedMemory { memory, offset, .. } => Some((Vec::new(), memory, offset)),
+        MappingKind::HugePages { log2 } => Some((Vec::new(), u64::from(log2), 0)),
         MappingKind::Anonymous | MappingKind::Kernel(_) => None,
     };
     let same = |a: &Mapping, b: &Mapping, old: &Space| {
@@ -472,7 +480,7 @@ pub fn correct(blank: &mut Blank, space: &Space, kit: &mut Kit<'_>) -> Result<Re
     let mapped: Vec<(u64, u64)> = space
         .mappings
         .iter()
-        .filter(|m| matches!(m.kind, MappingKind::PrivateFile { .. }))
+        .filter(|m| m.kind.is_copied())
         .map(|m| (m.start, m.end))
         .collect();
     for (address, bytes) in pages {
@@ -539,22 +547,21 @@ pub fn drop_stale(blank: &Blank, stale: &[(u64, u64)]) -> Result<(), RestoreErro
     Ok(())
 }
 
-/// Makes pages of private file mappings the file's own again.
+/// Makes pages of private file mappings the file's own again. A huge page is dropped as a whole, with the first of it.
 pub fn drop_pages(blank: &mut Blank, pages: &[u64]) -> Result<(), RestoreError> {
-    let private: BTreeSet<(u64, u64)> = blank
-        .image
-        .space
-        .mappings
-        .iter()
-        .filter(|m| matches!(m.kind, MappingKind::PrivateFile { .. }))
-        .map(|m| (m.start, m.end))
-        .collect();
+    let size_at = |address: u64| {
+        let mut all = blank.image.space.mappings.iter();
+        match all.find(|m| m.start <= address && address < m.end)?.kind {
+            MappingKind::PrivateFile { .. } => Some(4096),
+            MappingKind::HugePages { log2 } => Some(1u64.checked_shl(log2)?),
+            _ => None,
+        }
+    };
     let mut script = Script::new(&blank.foothold.arena);
-    for page in pages
-        .iter()
-        .filter(|p| private.iter().any(|(s, e)| **p >= *s && **p < *e))
-    {
-        script.call("madvise", SYS_MADVISE, &[*page, 4096, MADV_DONTNEED]);
+    for page in pages {
+        if let Some(size) = size_at(*page).filter(|size| page.is_multiple_of(*size)) {
+            script.call("madvise", SYS_MADVISE, &[*page, size, MADV_DONTNEED]);
+        }
     }
     blank.run(blank.host, script, "dropping pages of file mappings")
 }
