@@ -48,14 +48,29 @@ impl Traveller {
     }
 }
 
+/// Tells what a program said, of a test that fails.
+struct Said<'a>(&'a Run);
+
+impl Drop for Said<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let said = self.0.stdout();
+            let said: Vec<&str> = said.lines().filter(|l| !l.starts_with("round ")).collect();
+            eprintln!("it said {said:?}");
+        }
+    }
+}
+
 /// The whole journey, then once more with source and destination compared in full.
 #[track_caller]
 fn travels(name: &str, arguments: &[&str]) {
     let traveller = Traveller::start(name, arguments);
+    let said = Said(&traveller.run);
     journey(&traveller.lab, traveller.run.pid, false, || lives(&traveller.run));
     let report = support::verified(&traveller.lab, traveller.run.pid, "n3");
     assert!(report.verified_pages.is_some_and(|n| n > 0), "{report:#?}");
     lives(&traveller.run);
+    drop(said);
     traveller.end();
 }
 
