@@ -97,6 +97,27 @@ mod tests {
     }
 
     #[test]
+    fn a_tree_that_has_changed_twice_is_held_still() {
+        let request = |tree, mode| MoveRequest {
+            pid: dunlin_proto::ids::Pid(129),
+            to: "n2".into(),
+            tree,
+            mode,
+            wait: dunlin_proto::control::WaitFor::Resumed,
+            verify: false,
+        };
+        let mut attempts = Attempts::new();
+        for n in 0..RUNNING {
+            assert!(!attempts.hold_still(&request(true, MoveMode::Demand)));
+            attempts.next(&failed(FailureKind::MoveFailed, &n.to_string()));
+        }
+        assert!(attempts.hold_still(&request(true, MoveMode::Demand)));
+        assert!(!attempts.hold_still(&request(false, MoveMode::Demand)));
+        // What goes ahead can only be sent of a program that runs.
+        assert!(!attempts.hold_still(&request(true, MoveMode::Precopy)));
+    }
+
+    #[test]
     fn a_reader_is_waited_for() {
         let mut attempts = Attempts::new();
         let reading = failed(FailureKind::MoveFailed, READING);
