@@ -128,7 +128,7 @@ impl Outgoing<'_> {
         let planned: Vec<_> = planned.collect();
         if !self.still {
             self.sockets
-                .close_doors(&mover.edge, self.plan.move_id, &planned)
+                .hold_ports(&mover.edge, self.plan.move_id, &planned)
                 .map_err(LeaveError::from)?;
         }
         let held = planned.iter().map(|(key, .., socket)| (*key, socket.clone()));

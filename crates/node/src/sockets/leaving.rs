@@ -21,10 +21,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// So long a program has time to accept whoever is at its doors when it is about to be stopped; it is looked how far it is so
-/// often.
-const DOORS_WITHIN: Duration = Duration::from_millis(100);
-const DOORS_EVERY: Duration = Duration::from_micros(300);
+/// So long a program has time to accept who has called when it is about to be stopped; it is looked how far it is so often.
+const ACCEPT_WITHIN: Duration = Duration::from_millis(100);
+const ACCEPT_EVERY: Duration = Duration::from_micros(300);
 /// How often packets that were on their way when they were to be held may come in between.
 const ROUNDS: u32 = 20;
 
@@ -175,28 +174,31 @@ impl Leaving {
         }
     }
 
-    /// Nobody new comes to the doors that the plan names; whoever is at them already is waited for, while the program still
+    /// Nobody new comes to the listening sockets that the plan names; whoever is there already is waited for, while the program still
     /// runs: connections that it has not accepted cannot be read. If it does not accept them in time, [`Leaving::capture`]
     /// says so.
-    pub fn close_doors(
+    pub fn hold_ports(
         &mut self,
         edge: &Edge,
         by: MoveId,
         planned: &[(u64, Pid, i32, i32, Socket)],
     ) -> Result<(), EdgeError> {
-        let doors: Vec<_> = planned.iter().filter(|(.., socket)| socket.listening).collect();
-        let endpoints = doors.iter().flat_map(|(.., socket)| endpoints::of(socket)).collect();
+        let listening: Vec<_> = planned.iter().filter(|(.., socket)| socket.listening).collect();
+        let endpoints = listening
+            .iter()
+            .flat_map(|(.., socket)| endpoints::of(socket))
+            .collect();
         self.hold_more(edge, by, endpoints)?;
-        let watched: Vec<(OwnedFd, i32, u16)> = doors
+        let watched: Vec<(OwnedFd, i32, u16)> = listening
             .iter()
             .filter_map(|(_, _, host, number, socket)| {
                 let fd = Table::of(*host).ok()?.take(*number).ok()?;
                 Some((fd, *host, socket.local?.port()))
             })
             .collect();
-        let until = Instant::now() + DOORS_WITHIN;
-        while watched.iter().any(|(fd, host, port)| is_besieged(fd, *host, *port)) && Instant::now() < until {
-            std::thread::sleep(DOORS_EVERY);
+        let until = Instant::now() + ACCEPT_WITHIN;
+        while watched.iter().any(|(fd, host, port)| has_callers(fd, *host, *port)) && Instant::now() < until {
+            std::thread::sleep(ACCEPT_EVERY);
         }
         Ok(())
     }
@@ -504,10 +506,10 @@ impl Taken {
 }
 
 /// Is there a connection at this listening socket that is being opened, or that nobody has accepted?
-fn is_besieged(door: &OwnedFd, host: i32, port: u16) -> bool {
+fn has_callers(listening: &OwnedFd, host: i32, port: u16) -> bool {
     let opening =
         |row: &dunlin_sys::procfs::net::TcpRow| row.state == State::SynReceived as u8 && row.local.port() == port;
-    tcp::info(door.as_fd()).is_ok_and(|info| info.waiting > 0)
+    tcp::info(listening.as_fd()).is_ok_and(|info| info.waiting > 0)
         || tcp_rows(host).is_ok_and(|rows| rows.iter().any(opening))
 }
 
