@@ -19,6 +19,7 @@ use dunlin_proto::control::ExitStatus;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Child, Lineage};
 use dunlin_sys::foothold::{Foothold, syscall_instruction};
+use dunlin_sys::procfs::fdinfo::FdInfo;
 use dunlin_sys::procfs::{ProcDir, maps};
 use dunlin_sys::ptrace::{Options, Running, Stopped, TraceError};
 use dunlin_sys::surrogate;
@@ -153,6 +154,7 @@ impl Entries {
         if arena.is_none() {
             surrogate::secure(&thread, host)?;
         }
+        let thread = hush(thread, at, &dir)?;
         let (thread, _) = thread.inject(at, SYS_CLOSE_RANGE, all).map_err(other)?;
         // The exec ends its other threads, which wait in the loop, and waits until they are gone: of one that is traced,
         // until its tracer, which waits for the exec, has seen its end.
@@ -496,6 +498,22 @@ impl Entries {
             let _ = rustix::process::kill_process(host, rustix::process::Signal::KILL);
         }
     }
+}
+
+/// Before the descriptors of a place whose restore came to nothing are closed: one with O_ASYNC would signal the place, and the
+/// surrogate that it becomes would pass that on to the process.
+fn hush(mut thread: Stopped, at: u64, dir: &ProcDir) -> io::Result<Stopped> {
+    const SYS_FCNTL: i64 = 72;
+    const F_SETFL: u64 = 4;
+    const O_ASYNC: u32 = 0o20_000;
+    for number in dir.numbers("fd")? {
+        let info = FdInfo::parse(&dir.text(&format!("fdinfo/{number}"))?).map_err(io::Error::from)?;
+        if info.flags & O_ASYNC != 0 {
+            let arguments = [number as u64, F_SETFL, u64::from(info.flags & !O_ASYNC), 0, 0, 0];
+            thread = thread.inject(at, SYS_FCNTL, arguments).map_err(other)?.0;
+        }
+    }
+    Ok(thread)
 }
 
 /// Which group and session a surrogate is put in.
