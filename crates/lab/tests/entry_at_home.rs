@@ -6,8 +6,8 @@ use dunlin_lab::harness::{NotMoved, request};
 use dunlin_lab::{Lab, Options};
 use dunlin_proto::control::{ExitStatus, MoveRequest, Reply, Request, WaitFor};
 use dunlin_proto::ids::Pid;
-use support::Workshop;
 use support::obedient::Obedient;
+use support::{JOURNEY, Workshop};
 
 /// A parent on n1 and its child, both told what to do.
 struct Family {
@@ -393,4 +393,23 @@ fn a_process_that_is_nowhere_is_not_moved() {
         lab.move_as(request(Pid(64 * 9 + 1), "n2")),
         Err(NotMoved::Failed(_))
     ));
+}
+
+/// The kernel reads arguments and environment from the program's memory, and does not wait for a page that is elsewhere.
+#[test]
+fn its_arguments_and_environment_are_readable_from_its_first_moment_on() {
+    let (lab, workshop) = (Lab::up("arguments", &Options::default()), Workshop::new("arguments"));
+    let (mut program, _run) = Obedient::start(&lab, &workshop, "one");
+    program.ask("big = b'x' * (64 << 20)");
+    program.ask("read = lambda: [open('/proc/self/' + f, 'rb').read() for f in ('cmdline', 'environ')]");
+    program.ask("words, wrong = read(), []");
+    program.ask(
+        "watch = lambda: [wrong.append(now) for now in (read() for _ in __import__('itertools').count()) if now != words]",
+    );
+    program.ask("__import__('threading').Thread(target=watch, daemon=True).start()");
+    assert!(program.ask("words[0]").contains("obedient.py"));
+    for node in JOURNEY {
+        lab.move_process(program.pid, node);
+        assert_eq!(program.ask("wrong"), "[]", "on {node}");
+    }
 }

@@ -144,6 +144,8 @@ pub fn rows(
 ) -> io::Result<Vec<ProcessRow>> {
     let users = user_names();
     let modulus = Modulus(config.modulus);
+    // A program that is not started yet still is a copy of init.
+    let init = proc.command(Pid(1))?;
     let mut rows = Vec::new();
     for pid in proc.pids()? {
         if pid.0 <= LAST_OWN_PID || hidden.kind(pid).is_some() {
@@ -159,6 +161,9 @@ pub fn rows(
             _ if from_parent => format!("[{}]", status.name),
             Some(_) | None => proc.command(pid)?.unwrap_or_else(|| format!("[{}]", status.name)),
         };
+        if resident.is_none() && status.ppid == Pid(1) && init.as_ref() == Some(&command) {
+            continue;
+        }
         rows.push(ProcessRow {
             pid,
             ppid: status.ppid,

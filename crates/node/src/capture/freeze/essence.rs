@@ -30,6 +30,8 @@ const LISTED_AGAIN: u64 = 256 << 20;
 const SIGCONT: i32 = 18;
 /// The largest of what is read there; it may lie across two pages.
 const TIMESPEC: u64 = 16;
+/// Arguments and environment beyond so many pages are left to the pager.
+const MAX_ARGUMENT_PAGES: usize = 32;
 /// ECHILD.
 const NO_CHILD: i64 = -10;
 
@@ -307,6 +309,10 @@ impl Frozen {
                 }
             }
         }
+        // Arguments and environment: who reads them through /proc does not fault, and would find nothing.
+        let [.., arg_start, _, _, env_end] = self.source.plan.image.space.layout;
+        let words = (arg_start & !(PAGE - 1)..env_end).step_by(PAGE as usize);
+        wanted.extend(words.take(MAX_ARGUMENT_PAGES));
         let anonymous = |address: u64| {
             let mappings = &self.source.plan.image.space.mappings;
             let at = mappings.partition_point(|m| m.end <= address);
