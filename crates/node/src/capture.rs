@@ -360,11 +360,12 @@ fn give_up(host: i32, foothold: &Foothold, reason: CaptureError) -> CaptureError
         let mut sleeps = Sleeps::default();
         sleeps.look(host, host);
         let (thread, _) = Running::seize(host, Options::default())?.stop(Instant::now() + STOP_PATIENCE)?;
-        if !foothold.is_planted(host) {
-            return Ok(thread.detach(0)?);
-        }
-        let (found, mask) = (thread.registers()?, thread.signal_mask()?);
+        let (mut found, mask) = (thread.registers()?, thread.signal_mask()?);
         let memory = File::open(ProcDir::process(host).path("mem"))?;
+        if !foothold.is_planted(host) {
+            // It has executed another program, which may write to a pipe by now.
+            return Ok(finish_write(thread, host, &mut found, mask, &memory)?.detach(0)?);
+        }
         let again = sleeps
             .again(host, host, &found)
             .filter(|_| !ended::is_signalled(host, host, mask, mask));

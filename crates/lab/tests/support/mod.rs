@@ -147,7 +147,10 @@ pub fn until_it_ends(lab: &Lab, pid: Pid, tree: bool, at_most: usize) -> usize {
         match moved(lab, &asked) {
             Ok(_) if gone(lab, pid) => return moves + 1,
             Ok(_) => {}
-            Err(_) if gone(lab, pid) => return moves,
+            Err(why) if gone(lab, pid) => {
+                println!("it ended while move {moves}, to {node}, was under way: {why:?}");
+                return moves;
+            }
             Err(why) => panic!("move {moves} of {pid}, to {node}: {why:#?}"),
         }
     }

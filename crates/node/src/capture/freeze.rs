@@ -15,7 +15,10 @@ pub(crate) use leave::add_take;
 pub(super) use leave::leave_image;
 
 use super::threads::{self, FrozenThread};
-use super::{CaptureError, Memory, SCRIPT_MASK, Source, Trap, await_stop, ended, held, parked, sleep, waker, writes};
+use super::{
+    CaptureError, Memory, SCRIPT_MASK, Source, Trap, await_stop, ended, finish_write, held, parked, sleep, waker,
+    writes,
+};
 use crate::steps;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{Essence, MappingKind};
@@ -107,8 +110,10 @@ impl Source {
             self.seize_new(&mut seen, &mut running)?;
         }
         if !self.foothold.is_planted(self.host) {
+            // What it is in is a call of the new program's, in the new program's memory.
+            self.memory = std::fs::File::open(self.dir.path("mem"))?;
             for thread in stopped {
-                thread.detach(0)?;
+                self.let_on(thread);
             }
             return Err(CaptureError::Kernel {
                 what: "freezing",
@@ -166,6 +171,14 @@ impl Source {
 
     /// Lets a thread run on that was only stopped.
     fn let_on(&mut self, thread: Stopped) {
+        let tid = thread.tid();
+        if let (Ok(mut registers), Ok(mask)) = (thread.registers(), thread.signal_mask()) {
+            let finished = finish_write(thread, self.host, &mut registers, mask, &self.memory);
+            if let Err(error) = finished {
+                tracing::warn!(tid, %error, "a write that a stop has cut short stays short");
+            }
+        }
+        let thread = Stopped::assume(tid);
         if let (Ok(registers), Ok(mask)) = (thread.registers(), thread.signal_mask())
             && let Some(again) = self.sleeps.again(self.host, thread.tid(), &registers)
             && !ended::is_signalled(self.host, thread.tid(), mask, 0)

@@ -2,16 +2,21 @@
 //!
 //! A write(2) to a full pipe that blocks ends, when its thread is stopped, with what it has written so far. That is as
 //! SIGSTOP would have it, but the program was sent none, and some lose the rest (CPython's buffered writer does). Owns
-//! the completion of such a call before the program can see it: the pipe gets room for the rest, and the rest is written
-//! by the thread itself. The pipe keeps its larger capacity. Refuses to let the thread block: where there is no room to be
-//! had (`/proc/sys/fs/pipe-max-size`) the write stays short. See pipe(7), F_SETPIPE_SZ in fcntl(2).
+//! the completion of such a call before the program can see it: what fits is written for the thread, through a description
+//! of our own that does not block; if the pipe is full it is given room for the rest, and keeps its larger capacity.
+//! Refuses to let anybody block: where there is no room to be had ([`MOST`]) the write stays short. See pipe(7),
+//! F_SETPIPE_SZ in fcntl(2).
 
+use crate::descriptors::pipe::{MOST, resize};
 use dunlin_sys::foothold::take_descriptor;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::FdInfo;
 use dunlin_sys::ptrace::{Registers, Stopped, TraceError};
-use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::pipe::fcntl_getpipe_size;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
 const SYS_WRITE: i64 = 1;
@@ -19,6 +24,9 @@ const SYS_WRITEV: i64 = 20;
 const O_NONBLOCK: u32 = 0o4000;
 const PAGE: u64 = 4096;
 const IOV_MAX: u64 = 1024;
+
+/// Copied at once.
+const PIECE: u64 = 64 << 10;
 
 /// Completes the write that a stopped thread was in, if it was in one, and corrects the answer in `registers`. `at` is a
 /// `syscall` instruction; the thread's signals are blocked, and its registers are whatever comes of the calls.
@@ -33,8 +41,18 @@ pub fn complete(
         return Ok(thread);
     };
     let fd = registers.rdi as i32;
+    let Some(pipe) = blocking_pipe(host, fd) else {
+        return Ok(thread);
+    };
+    let done = push(&pipe, memory, &rest);
+    registers.rax += done;
+    let rest = after(rest, done);
     let wanted: u64 = rest.iter().map(|(_, length)| length).sum();
-    let mut room = room(host, fd, wanted).unwrap_or(0);
+    if wanted == 0 {
+        return Ok(thread);
+    }
+    // What is left is in memory that is elsewhere: the thread itself can wait for it.
+    let mut room = enlarge(&pipe, wanted).unwrap_or(0);
     let mut thread = thread;
     for (address, length) in rest {
         let length = length.min(room);
@@ -53,6 +71,39 @@ pub fn complete(
         }
     }
     Ok(thread)
+}
+
+/// Writes buffers of a process into a pipe, enlarging it as long as that can be; how many bytes were written. Stops at memory
+/// that cannot be read.
+fn push(pipe: &OwnedFd, memory: &File, buffers: &[(u64, u64)]) -> u64 {
+    let mut done = 0;
+    let total: u64 = buffers.iter().map(|(_, length)| length).sum();
+    let mut bytes = vec![0u8; PIECE.min(total) as usize];
+    let pieces = buffers.iter().flat_map(|(address, length)| {
+        let (address, length) = (*address, *length);
+        let at = (0..length).step_by(PIECE as usize);
+        at.map(move |from| (address + from, PIECE.min(length - from)))
+    });
+    for (address, length) in pieces {
+        let piece = &mut bytes[..length as usize];
+        if memory.read_exact_at(piece, address).is_err() {
+            return done;
+        }
+        let mut left = &piece[..];
+        while !left.is_empty() {
+            match rustix::io::write(pipe, left) {
+                Ok(written) => {
+                    done += written as u64;
+                    left = &left[written..];
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) if enlarge(pipe, total - done).is_some_and(|room| room > 0) => {}
+                // Nobody reads it any more: the thread finds that out by its next write.
+                Err(_) => return done,
+            }
+        }
+    }
+    done
 }
 
 /// Whether a stopped thread was in a write that ended early.
@@ -93,8 +144,8 @@ fn after(buffers: Vec<(u64, u64)>, mut done: u64) -> Vec<(u64, u64)> {
     left
 }
 
-/// Makes room for so many bytes in a pipe that blocks its writers; how many can be written now without blocking.
-fn room(host: i32, fd: i32, wanted: u64) -> Option<u64> {
+/// A pipe that blocks its writers, by a description of our own that does not.
+fn blocking_pipe(host: i32, fd: i32) -> Option<OwnedFd> {
     let dir = ProcDir::process(host);
     let is_pipe = dir
         .link(&format!("fd/{fd}"))
@@ -103,17 +154,21 @@ fn room(host: i32, fd: i32, wanted: u64) -> Option<u64> {
     if !is_pipe || info.flags & O_NONBLOCK != 0 {
         return None;
     }
-    let pipe = take_descriptor(host, fd).ok()?;
+    let theirs = take_descriptor(host, fd).ok()?;
+    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    rustix::fs::open(crate::files::proc_fd(&theirs), flags, Mode::empty()).ok()
+}
+
+/// Makes room for so many bytes in a full pipe; how many can be written now for certain.
+fn enlarge(pipe: &OwnedFd, wanted: u64) -> Option<u64> {
     // Every buffer that it has may be in use, each by a few bytes.
-    let before = fcntl_getpipe_size(&pipe).ok()? as u64;
-    let most: u64 = std::fs::read_to_string("/proc/sys/fs/pipe-max-size")
-        .ok()?
-        .trim()
-        .parse()
-        .ok()?;
-    let size = (before + wanted.div_ceil(PAGE) * PAGE + PAGE).min(most);
-    let after = fcntl_setpipe_size(&pipe, size as usize).ok()? as u64;
-    Some(after.saturating_sub(before + PAGE))
+    let before = fcntl_getpipe_size(pipe).ok()? as u64;
+    let size = before + wanted.div_ceil(PAGE) * PAGE + PAGE;
+    if size > MOST {
+        return None;
+    }
+    let after = resize(pipe, size as usize).ok()?;
+    Some((after as u64).saturating_sub(before + PAGE))
 }
 
 #[cfg(test)]
@@ -148,5 +203,27 @@ mod tests {
         ] {
             assert_eq!(rest(&other, &nowhere), None);
         }
+    }
+
+    #[test]
+    fn a_full_pipe_takes_the_rest_and_grows_only_if_it_must() {
+        let (reading, writing) = rustix::pipe::pipe().unwrap();
+        let host = std::process::id() as i32;
+        let own = std::os::fd::AsRawFd::as_raw_fd(&writing);
+        let ours = blocking_pipe(host, own).unwrap();
+        let source = vec![7u8; 3 << 20];
+        let memory = File::open("/proc/self/mem").unwrap();
+        let before = fcntl_getpipe_size(&writing).unwrap();
+        let at = source.as_ptr() as u64;
+        assert_eq!(push(&ours, &memory, &[(at, 10_000), (at, 20_000)]), 30_000);
+        assert_eq!(fcntl_getpipe_size(&writing).unwrap(), before, "there was room");
+        assert_eq!(push(&ours, &memory, &[(at, 3 << 20)]), 3 << 20);
+        let mut total = 0;
+        let mut bytes = vec![0u8; 1 << 20];
+        while total < (3 << 20) + 30_000 {
+            total += rustix::io::read(&reading, &mut bytes[..]).unwrap();
+        }
+        // Memory that is not there.
+        assert_eq!(push(&ours, &memory, &[(at, 100), (8, 4096)]), 100);
     }
 }

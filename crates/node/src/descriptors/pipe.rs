@@ -12,8 +12,11 @@ use std::collections::btree_map::Entry;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::sync::{Mutex, PoisonError};
 
 const O_ACCMODE: u32 = 0o3;
+/// No pipe is made larger than this by us, in bytes.
+pub(crate) const MOST: u64 = 16 << 20;
 
 /// What a pipe's end is, or why it cannot move. Its bytes are not read yet.
 pub(crate) fn look(look: &Look<'_>) -> Found {
@@ -54,7 +57,7 @@ pub(crate) fn peek(host: i32, number: i32) -> io::Result<(u32, Vec<u8>)> {
     let original = take_descriptor(host, number)?;
     let capacity = fcntl_getpipe_size(&original)?;
     let (copy_out, copy_in) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-    fcntl_setpipe_size(&copy_in, capacity)?;
+    resize(&copy_in, capacity)?;
     match tee(&original, &copy_in, capacity, SpliceFlags::NONBLOCK) {
         Ok(_) | Err(rustix::io::Errno::AGAIN) => {}
         Err(error) => return Err(error.into()),
@@ -63,6 +66,25 @@ pub(crate) fn peek(host: i32, number: i32) -> io::Result<(u32, Vec<u8>)> {
     let mut bytes = Vec::new();
     std::fs::File::from(copy_out).read_to_end(&mut bytes)?;
     Ok((capacity as u32, bytes))
+}
+
+/// Changes how many bytes a pipe holds; how many it holds then. A daemon without CAP_SYS_RESOURCE has to raise the limit of
+/// all (`/proc/sys/fs/pipe-max-size`) for a moment.
+pub(crate) fn resize(pipe: &OwnedFd, size: usize) -> io::Result<usize> {
+    const LIMIT: &str = "/proc/sys/fs/pipe-max-size";
+    static ONE: Mutex<()> = Mutex::new(());
+    match fcntl_setpipe_size(pipe, size) {
+        Err(rustix::io::Errno::PERM) if size as u64 <= MOST => {}
+        answer => return Ok(answer?),
+    }
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = std::fs::read_to_string(LIMIT)?;
+    std::fs::write(LIMIT, MOST.to_string())?;
+    let answer = fcntl_setpipe_size(pipe, size);
+    if let Err(error) = std::fs::write(LIMIT, before.trim()) {
+        tracing::warn!(%error, "{LIMIT} stays at {MOST}");
+    }
+    Ok(answer?)
 }
 
 /// One end of a pipe, which is made with the first end that is asked for.
@@ -98,7 +120,7 @@ pub(crate) fn fill(common: &mut Common, number: u64, capacity: u32, bytes: &[u8]
     // It may have grown since the plan; and what does not fit would be waited for by nobody.
     let wanted = (capacity as usize).max(bytes.len());
     if fcntl_getpipe_size(writing)? != wanted {
-        fcntl_setpipe_size(writing, wanted)?;
+        resize(writing, wanted)?;
     }
     if !bytes.is_empty() && common.filled.insert(number) {
         std::fs::File::from(writing.try_clone()?).write_all(bytes)?;

@@ -86,6 +86,7 @@ impl Mover {
                     let _ = sender.send(Report::Outcome(outcome));
                     return;
                 };
+                tracing::debug!(pid = %request.pid, ?outcome, "a move is attempted again");
                 std::thread::sleep(pause);
             }
         })?;
