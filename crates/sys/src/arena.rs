@@ -120,7 +120,7 @@ const HEADER_BYTES: u64 = 256;
 const HELD_BYTES: u64 = 256;
 /// So many threads can be held.
 pub const MAX_HELD: usize = ((LEND_AT - HELD_AT - HEADER_BYTES) / HELD_BYTES) as usize;
-/// The last page: what a [lending](Script::child_lends) child is told and answers.
+/// The last page: what a [lending](crate::script::Script::child_lends) child is told and answers.
 pub(crate) const LEND_AT: u64 = ARENA_BYTES - PAGE;
 /// So many ranges of memory can be borrowed at once.
 pub const MAX_LENT: usize = 64;

@@ -15,7 +15,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 const O_CLOEXEC: u32 = 0o2_000_000;
 
-/// Has the process something that can change without anything to be seen in [`glimpse`]?
+/// Has the process something that can change without anything to be seen in [`Glimpse`]?
 pub fn is_volatile(files: &Files) -> bool {
     files.descriptions.iter().any(|description| match description.kind {
         DescriptionKind::Deleted { .. }
@@ -37,7 +37,7 @@ pub fn is_volatile(files: &Files) -> bool {
     })
 }
 
-/// Reads, inside the freeze, what changes without anything to be seen in [`glimpse`]: the bytes of files without a name and
+/// Reads, inside the freeze, what changes without anything to be seen in [`Glimpse`]: the bytes of files without a name and
 /// of pipes (with the first reading end of each), the time that timers have left, what unix sockets are and what waits in
 /// them. Descriptions in flight there, which may be in nobody's table, come to the others.
 pub fn refresh(
