@@ -123,6 +123,9 @@ pub fn shared_since(
     files: &Files,
     obstacles: &mut Vec<Obstacle>,
 ) -> io::Result<()> {
+    if owner.around.is_alone() {
+        return Ok(());
+    }
     let dir = ProcDir::process(owner.host);
     for descriptor in &files.table {
         let Ok(at) = glimpses.binary_search_by_key(&descriptor.number, |g| g.number) else {

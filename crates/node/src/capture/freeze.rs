@@ -173,23 +173,23 @@ impl Source {
     fn let_on(&mut self, thread: Stopped) {
         let tid = thread.tid();
         if let (Ok(mut registers), Ok(mask)) = (thread.registers(), thread.signal_mask()) {
-            let finished = finish_write(thread, self.host, &mut registers, mask, &self.memory);
-            if let Err(error) = finished {
+            if let Err(error) = finish_write(thread, self.host, &mut registers, mask, &self.memory) {
                 tracing::warn!(tid, %error, "a write that a stop has cut short stays short");
+                let thread = Stopped::assume(tid);
+                let _ = thread.set_registers(&registers);
+                let _ = thread.set_signal_mask(mask);
+            }
+            if let Some(again) = self.sleeps.again(self.host, tid, &registers)
+                && !ended::is_signalled(self.host, tid, mask, 0)
+            {
+                let asleep = self.sleeps.find_ended(self.host, tid, &again, &self.memory);
+                let _ = Stopped::assume(tid).set_registers(&again);
+                if asleep.is_some() {
+                    sleep::let_go(self.host, tid);
+                }
             }
         }
-        let thread = Stopped::assume(tid);
-        if let (Ok(registers), Ok(mask)) = (thread.registers(), thread.signal_mask())
-            && let Some(again) = self.sleeps.again(self.host, thread.tid(), &registers)
-            && !ended::is_signalled(self.host, thread.tid(), mask, 0)
-        {
-            let asleep = self.sleeps.find_ended(self.host, thread.tid(), &again, &self.memory);
-            let _ = thread.set_registers(&again);
-            if asleep.is_some() {
-                sleep::let_go(self.host, thread.tid());
-            }
-        }
-        let _ = thread.detach(0);
+        let _ = Stopped::assume(tid).detach(0);
     }
 
     fn seize_new(&mut self, seen: &mut BTreeSet<i32>, running: &mut Vec<Running>) -> Result<(), CaptureError> {

@@ -84,6 +84,11 @@ impl<'a> Surroundings<'a> {
         let _ = self.diagnosis();
     }
 
+    /// Nobody stays who could hold anything.
+    pub fn is_alone(&self) -> bool {
+        self.staying.is_empty() && self.newcomers.borrow().is_empty()
+    }
+
     /// Tells of the sockets of the nest.
     pub fn diagnosis(&self) -> io::Result<BorrowedFd<'_>> {
         if let Some(socket) = self.diagnosis.get() {

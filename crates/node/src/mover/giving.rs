@@ -17,7 +17,7 @@ use crate::sockets::leaving::{EarlyLooks, LeaveError, Owner, look_early};
 use crate::steps;
 use dunlin_cluster::relocation::source::SourceEvent;
 use dunlin_proto::control::{FailureKind, MoveMode};
-use dunlin_proto::ids::{ImageId, Pid};
+use dunlin_proto::ids::{ImageId, Pid, Slot};
 use dunlin_proto::pages::ClientId;
 use dunlin_proto::relocation::Member;
 use std::collections::BTreeMap;
@@ -28,24 +28,15 @@ impl Outgoing<'_> {
     pub(super) fn prepare_payload(&mut self) -> Result<Vec<u8>, CaptureError> {
         let ahead = self.request.mode != MoveMode::Demand;
         let mut processes = Vec::new();
-        for frozen in std::mem::take(&mut self.frozen) {
-            let image = self.new_image(frozen.source.pid);
-            processes.push(Prepared {
-                plan: frozen.source.plan.clone(),
-                image,
-                clock_offsets_ns: frozen.source.clock_offsets(),
-                ahead: false,
-            });
-            self.frozen.push(frozen);
+        for source in self.frozen.iter().map(|frozen| &frozen.source) {
+            let image = new_image(self.mover.here);
+            self.images.insert(source.pid, image);
+            processes.push(prepared(source, image, false));
         }
         for mut source in std::mem::take(&mut self.sources) {
-            let image = self.new_image(source.pid);
-            processes.push(Prepared {
-                plan: source.plan.clone(),
-                image,
-                clock_offsets_ns: source.clock_offsets(),
-                ahead,
-            });
+            let image = new_image(self.mover.here);
+            self.images.insert(source.pid, image);
+            processes.push(prepared(&source, image, ahead));
             // First the watch, then the pages.
             let served = match ahead {
                 true => source.watch_writes().and_then(|()| self.serve(&source, image)),
@@ -55,15 +46,6 @@ impl Outgoing<'_> {
             served?;
         }
         Ok(payload::encode(&Prepare { processes }))
-    }
-
-    fn new_image(&mut self, pid: Pid) -> ImageId {
-        let image = ImageId {
-            holder: self.mover.here,
-            nonce: random(),
-        };
-        self.images.insert(pid, image);
-        image
     }
 
     /// Serves the memory of a process, which may run.
@@ -120,8 +102,7 @@ impl Outgoing<'_> {
         if !self.still {
             self.close_orders()?;
         }
-        let stopped = self.frozen.iter().map(|frozen| &frozen.source);
-        let planned = stopped.chain(&self.sources).flat_map(|source| {
+        let planned = self.looked_at().flat_map(|source| {
             let each = sockets_of(source);
             each.map(|(key, number, _, socket)| (key, source.pid, source.host, number, socket.clone()))
         });
@@ -138,11 +119,9 @@ impl Outgoing<'_> {
         self.stop_all()?;
         self.tight = true;
         // All before any is read: a child that was forked since the plan has what its brothers and sisters have.
-        for frozen in &self.frozen {
-            frozen.introduce(&around)?;
-        }
-        if self.request.tree {
-            self.refuse_newcomers()?;
+        match self.request.tree {
+            true => self.refuse_newcomers()?,
+            false => self.frozen.iter().try_for_each(|frozen| frozen.introduce(&around))?,
         }
         let mut processes = Vec::new();
         let mut members = Vec::new();
@@ -376,6 +355,22 @@ impl Outgoing<'_> {
             self.mover.end_keeper(keeper);
             self.mover.drop_image_record(self.plan.move_id, pid);
         }
+    }
+}
+
+fn new_image(holder: Slot) -> ImageId {
+    ImageId {
+        holder,
+        nonce: random(),
+    }
+}
+
+fn prepared(source: &Source, image: ImageId, ahead: bool) -> Prepared {
+    Prepared {
+        plan: source.plan.clone(),
+        image,
+        clock_offsets_ns: source.clock_offsets(),
+        ahead,
     }
 }
 

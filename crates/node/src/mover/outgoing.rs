@@ -534,10 +534,15 @@ impl<'a> Outgoing<'a> {
         Ok(())
     }
 
-    /// What the destination is told of the members.
-    fn plans(&self) -> impl Iterator<Item = &ProcessPlan> {
+    /// The members that have been looked at, stopped or running.
+    pub(super) fn looked_at(&self) -> impl Iterator<Item = &Source> {
         let stopped = self.frozen.iter().map(|frozen| &frozen.source);
-        stopped.chain(&self.sources).map(|source| &source.plan)
+        stopped.chain(&self.sources)
+    }
+
+    /// What the destination is told of them.
+    fn plans(&self) -> impl Iterator<Item = &ProcessPlan> {
+        self.looked_at().map(|source| &source.plan)
     }
 
     /// Nobody has been told anything yet that holds: all run on, if they have been stopped at all.

@@ -63,7 +63,9 @@ impl Outgoing<'_> {
     pub(super) fn refuse_newcomers(&self) -> Result<(), CaptureError> {
         match self.newcomers() {
             Ok(more) if more.is_empty() => Ok(()),
-            _ => Err(forked()),
+            Ok(_) => Err(forked()),
+            // The root itself is there no more.
+            Err(_) => Err(CaptureError::Gone),
         }
     }
 

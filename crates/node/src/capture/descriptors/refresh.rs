@@ -17,7 +17,14 @@ const O_CLOEXEC: u32 = 0o2_000_000;
 
 /// Has the process something that can change without anything to be seen in [`Glimpse`]?
 pub fn is_volatile(files: &Files) -> bool {
-    files.descriptions.iter().any(|description| match description.kind {
+    files
+        .descriptions
+        .iter()
+        .any(|description| changes_unseen(&description.kind))
+}
+
+fn changes_unseen(kind: &DescriptionKind) -> bool {
+    match kind {
         DescriptionKind::Deleted { .. }
         | DescriptionKind::Memory { .. }
         | DescriptionKind::Pipe { .. }
@@ -34,7 +41,7 @@ pub fn is_volatile(files: &Files) -> bool {
         | DescriptionKind::Signals(_)
         | DescriptionKind::Socket(_)
         | DescriptionKind::Process(_) => false,
-    })
+    }
 }
 
 /// Reads, inside the freeze, what changes without anything to be seen in [`Glimpse`]: the bytes of files without a name and
@@ -102,6 +109,9 @@ struct Refresher<'a> {
 
 impl Refresher<'_> {
     fn refresh(&mut self, look: &Look<'_>, index: usize, files: &mut Files) -> io::Result<Result<(), Refusal>> {
+        if !changes_unseen(&files.descriptions[index].kind) {
+            return Ok(Ok(()));
+        }
         match &mut files.descriptions[index].kind {
             DescriptionKind::Deleted { bytes, .. } | DescriptionKind::Memory { bytes, .. } => {
                 *bytes = contents(&look.link(), file::MAX_DELETED_BYTES)?;
@@ -147,18 +157,8 @@ impl Refresher<'_> {
                 }
                 files.descriptions[index].kind = DescriptionKind::Unix(socket);
             }
-            DescriptionKind::Pipe { .. }
-            | DescriptionKind::File(_)
-            | DescriptionKind::Directory(_)
-            | DescriptionKind::Kernel(_)
-            | DescriptionKind::Path(_)
-            | DescriptionKind::Device(_)
-            | DescriptionKind::Stream { .. }
-            | DescriptionKind::Event { .. }
-            | DescriptionKind::Epoll { .. }
-            | DescriptionKind::Signals(_)
-            | DescriptionKind::Socket(_)
-            | DescriptionKind::Process(_) => {}
+            // The other ends of pipes, and what does not change unseen.
+            _ => {}
         }
         Ok(Ok(()))
     }
