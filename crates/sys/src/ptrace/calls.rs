@@ -22,7 +22,7 @@ impl Stopped {
         Ok((left, answer))
     }
 
-    /// Like [`Stopped::inject`], for clone(2) and its like under [`Options::follow`]: hands back the new task as well,
+    /// Like [`Stopped::inject`], for clone(2) and its like under [`Options::follow`](super::Options::follow): hands back the new task as well,
     /// stopped before its first instruction.
     pub fn inject_clone(
         self,
