@@ -100,6 +100,28 @@ fn a_pipeline_of_compressor_and_digest_ends_as_unmoved() {
     assert!(moves >= LEAST_MOVES, "it ended after {moves} moves");
 }
 
+/// What was seen of a program is nothing that the one it executes has.
+#[test]
+fn a_program_that_executes_itself_all_the_while_ends_as_unmoved() {
+    let workshop = Workshop::new("restless");
+    let script = workshop.file(
+        "restless.sh",
+        "for ((i = 0; i < 4000; i++)); do sum=$(((${2:-0} + i * $1) % 1000003)); set -- $1 $sum; done\n\
+         [ $1 -lt 150 ] && exec bash $0 $(($1 + 1)) $sum\necho $sum\n",
+    );
+    let script = script.to_str().unwrap();
+    let unmoved = std::process::Command::new("bash").args([script, "1"]).output().unwrap();
+    let lab = Lab::up("restless", &Options::default());
+    let run = lab
+        .node("n1")
+        .run_as(spec_in(&workshop.path(""), &["bash", script, "1"]));
+    let moves = until_it_ends(&lab, run.pid, true, 24);
+    let ended = run.wait();
+    assert_eq!(ended.status, ExitStatus::Code(0), "{ended:?}");
+    assert_eq!(ended.stdout, String::from_utf8(unmoved.stdout).unwrap());
+    assert!(moves >= LEAST_MOVES, "it ended after {moves} moves");
+}
+
 #[test]
 fn a_tree_of_three_generations_goes_round_and_stays_a_family() {
     let (lab, workshop) = (

@@ -132,11 +132,18 @@ impl Source {
         let timers = parse_timers(&timers_text).map_err(io::Error::from)?;
 
         let mut sleeps = Sleeps::default();
-        let memory = File::open(dir.path("mem"))?;
         let refuge = Refuge::find(host, syscall_instruction(&dir)?)?;
         let claim = waker::claim(host);
         sleeps.look(host, host);
         let (thread, stop) = stop_one(pid, Running::seize(host, Options::default())?)?;
+        // Only now: it may have executed another program since it was looked at.
+        let (memory, refuge) = match memory_of(host, &dir, refuge) {
+            Ok(found) => found,
+            Err(error) => {
+                thread.detach(0)?;
+                return Err(error);
+            }
+        };
         let (registers, mask) = (thread.registers()?, thread.signal_mask()?);
         let again = sleeps.again(host, host, &registers).filter(|_| stop == Stop::Interrupt);
         let asleep = match &again {
@@ -301,6 +308,16 @@ impl Source {
         }
         Ok(runs)
     }
+}
+
+/// The memory of a stopped process; and its refuge, which was looked for while it ran, and is again if need be.
+fn memory_of(host: i32, dir: &ProcDir, refuge: Option<Refuge>) -> Result<(File, Option<Refuge>), CaptureError> {
+    let memory = File::open(dir.path("mem"))?;
+    let refuge = match refuge {
+        Some(refuge) if !refuge.is_in(&memory) => Refuge::find(host, syscall_instruction(dir)?)?,
+        refuge => refuge,
+    };
+    Ok((memory, refuge))
 }
 
 /// Plants the foothold and asks the process what only it can answer. The caller puts registers and mask back.

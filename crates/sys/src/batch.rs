@@ -177,7 +177,7 @@ fn pass(tid: i32, event: Event) -> Result<Running, ScriptError> {
         Event::Stopped(thread, Stop::Cloned(_) | Stop::Interrupt | Stop::Syscall | Stop::Group(_)) => {
             Ok(thread.resume(0)?)
         }
-        Event::Stopped(_, stop @ (Stop::Exec | Stop::Signal(_))) => Err(TraceError::Unexpected { tid, stop }.into()),
+        Event::Stopped(thread, stop @ (Stop::Exec | Stop::Signal(_))) => Err(thread.unexpected(stop).into()),
     }
 }
 

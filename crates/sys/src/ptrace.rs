@@ -45,13 +45,37 @@ pub enum TraceError {
         millis: u64,
     },
     /// The thread stopped for a reason that the caller did not expect.
-    #[error("thread {tid} stopped unexpectedly: {stop:?}")]
+    #[error("thread {tid} stopped unexpectedly: {stop:?}{}", at.map(|at| format!(" ({at})")).unwrap_or_default())]
     Unexpected {
         /// The thread, by the tracer's numbering.
         tid: i32,
         /// Why it stopped.
         stop: Stop,
+        /// Of a signal: whence it came.
+        at: Option<Origin>,
     },
+}
+
+/// Whence a signal came that stopped a thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Origin {
+    /// `si_code` of sigaction(2).
+    pub code: i32,
+    /// `si_addr` of a fault, or the sender's number.
+    pub address: u64,
+    /// The instruction at which it was stopped.
+    pub instruction: u64,
+}
+
+impl std::fmt::Display for Origin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Origin {
+            code,
+            address,
+            instruction,
+        } = self;
+        write!(f, "code {code}, address {address:#x}, instruction {instruction:#x}")
+    }
 }
 
 /// Why a thread is stopped.
@@ -231,9 +255,13 @@ impl Running {
             match running.wait_until(Some(deadline)) {
                 Ok(Event::Ended(_)) => return Err(TraceError::Gone { tid }),
                 Ok(Event::Stopped(stopped, stop @ (Stop::Interrupt | Stop::Group(_)))) => return Ok((stopped, stop)),
-                Ok(Event::Stopped(stopped, Stop::Signal(signal))) => running = stopped.resume(signal)?,
-                Ok(Event::Stopped(stopped, Stop::Syscall | Stop::Cloned(_) | Stop::Exec)) => {
-                    running = stopped.resume(0)?;
+                // Any of these stops takes the place of the one that was asked for: the kernel forgets that.
+                Ok(Event::Stopped(stopped, other)) => {
+                    running = match other {
+                        Stop::Signal(signal) => stopped.resume(signal)?,
+                        _ => stopped.resume(0)?,
+                    };
+                    running.interrupt()?;
                 }
                 Err(TraceError::Unstoppable { .. }) => {
                     let millis = started.elapsed().as_millis() as u64;
@@ -445,6 +473,35 @@ impl Stopped {
     /// Ends the tracing; the thread runs on, receiving `signal` (0: none).
     pub fn detach(self, signal: i32) -> Result<(), TraceError> {
         request(self.tid, "PTRACE_DETACH", libc::PTRACE_DETACH, 0, signal as usize)
+    }
+
+    /// The error that this stop is to a caller who had expected another one.
+    pub fn unexpected(&self, stop: Stop) -> TraceError {
+        let at = match stop {
+            Stop::Signal(_) => self.origin().ok(),
+            _ => None,
+        };
+        TraceError::Unexpected {
+            tid: self.tid,
+            stop,
+            at,
+        }
+    }
+
+    fn origin(&self) -> Result<Origin, TraceError> {
+        let mut info = [0u64; 16];
+        request(
+            self.tid,
+            "PTRACE_GETSIGINFO",
+            libc::PTRACE_GETSIGINFO,
+            0,
+            info.as_mut_ptr() as usize,
+        )?;
+        Ok(Origin {
+            code: info[1] as u32 as i32,
+            address: info[2],
+            instruction: self.registers()?.rip,
+        })
     }
 
     fn event_message(&self) -> Result<u64, TraceError> {

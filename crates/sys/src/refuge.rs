@@ -17,6 +17,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 const JUMP_TO_ITSELF: [u8; 2] = [0xeb, 0xfe];
+const SYSCALL: [u8; 2] = [0x0f, 0x05];
 const MAGIC: u64 = 0x6567_7566_6572_6e64;
 const SYS_MADVISE: i64 = 28;
 const MADV_POPULATE_WRITE: u64 = 23;
@@ -98,6 +99,16 @@ impl Refuge {
             }
         }
         Ok(None)
+    }
+
+    /// Whether it is in this memory: a process that has executed another program since has lost it.
+    pub fn is_in(&self, memory: &File) -> bool {
+        let mut code = [0u8; 40];
+        memory.read_exact_at(&mut code[..2], self.door).is_ok()
+            && code.starts_with(&JUMP_TO_ITSELF)
+            && memory.read_exact_at(&mut code, self.syscall_at).is_ok()
+            && code.starts_with(&SYSCALL)
+            && returns_plainly(&code[SYSCALL.len()..])
     }
 
     /// Puts a stopped thread there, for the time of some injected calls; the caller puts its registers back, and then

@@ -278,7 +278,6 @@ impl<'a> Script<'a> {
     /// Waits until the script is over, and stops the thread. Also tells what its process is stopped by, apart from this.
     fn await_end(&self, mut running: Running) -> Result<(Stopped, Option<i32>), ScriptError> {
         let tid = running.tid();
-        let unexpected = |stop| Err(TraceError::Unexpected { tid, stop }.into());
         let mut turns = 0u32;
         while self.arena.word(DONE_AT).load(Ordering::Acquire) == 0 {
             turns = turns.saturating_add(1);
@@ -293,7 +292,9 @@ impl<'a> Script<'a> {
                     thread.resume(0)?
                 }
                 Ok(Event::Stopped(thread, Stop::Signal(libc::SIGSTOP))) => thread.resume(libc::SIGSTOP)?,
-                Ok(Event::Stopped(_, stop @ (Stop::Exec | Stop::Signal(_)))) => return unexpected(stop),
+                Ok(Event::Stopped(thread, stop @ (Stop::Exec | Stop::Signal(_)))) => {
+                    return Err(thread.unexpected(stop).into());
+                }
             };
         }
         running.interrupt()?;
@@ -305,7 +306,9 @@ impl<'a> Script<'a> {
                 Event::Stopped(thread, Stop::Group(signal)) => return Ok((thread, Some(signal))),
                 Event::Stopped(thread, Stop::Cloned(_) | Stop::Syscall) => thread.resume(0)?,
                 Event::Stopped(thread, Stop::Signal(libc::SIGSTOP)) => thread.resume(libc::SIGSTOP)?,
-                Event::Stopped(_, stop @ (Stop::Exec | Stop::Signal(_))) => return unexpected(stop),
+                Event::Stopped(thread, stop @ (Stop::Exec | Stop::Signal(_))) => {
+                    return Err(thread.unexpected(stop).into());
+                }
             };
         }
     }

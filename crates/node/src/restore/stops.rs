@@ -76,10 +76,7 @@ impl Blank {
                 }
                 Event::Stopped(thread, Stop::Interrupt | Stop::Group(_)) => thread.resume(0)?,
                 Event::Stopped(thread, stop) => {
-                    return Err(TraceError::Unexpected {
-                        tid: thread.tid(),
-                        stop,
-                    });
+                    return Err(thread.unexpected(stop));
                 }
             };
         }
@@ -130,10 +127,7 @@ fn trap(mut running: Running) -> Result<Option<i32>, TraceError> {
             Event::Stopped(_, Stop::Interrupt) => return Ok(None),
             Event::Stopped(thread, Stop::Signal(SIGSTOP)) => thread.resume(SIGSTOP)?,
             Event::Stopped(thread, stop) => {
-                return Err(TraceError::Unexpected {
-                    tid: thread.tid(),
-                    stop,
-                });
+                return Err(thread.unexpected(stop));
             }
         };
     }

@@ -76,7 +76,7 @@ impl Stopped {
                     running = thread.resume_to_syscall(libc::SIGSTOP)?;
                 }
                 Event::Stopped(thread, stop @ Stop::Signal(_)) => {
-                    return Err(TraceError::Unexpected { tid: thread.tid, stop });
+                    return Err(thread.unexpected(stop));
                 }
             }
         }
@@ -140,7 +140,7 @@ impl Stopped {
                 }
                 Event::Stopped(stopped, Stop::Exec) => running = stopped.resume_to_syscall(0)?,
                 Event::Stopped(stopped, stop @ Stop::Signal(_)) => {
-                    return Err(TraceError::Unexpected { tid: stopped.tid, stop });
+                    return Err(stopped.unexpected(stop));
                 }
             }
         }
