@@ -226,8 +226,8 @@ impl Lab {
         let process = rustix::process::Pid::from_raw(pid).expect("a PID");
         let signal = rustix::process::Signal::from_named_raw(signal).expect("a signal");
         rustix::process::kill_process(process, signal).unwrap_or_else(|e| panic!("daemon {pid}: {e}"));
-        while signal == rustix::process::Signal::KILL && daemon.is_alive() {
-            std::thread::sleep(Duration::from_millis(1));
+        if signal == rustix::process::Signal::KILL {
+            daemon.until_ended();
         }
     }
 

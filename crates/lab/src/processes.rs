@@ -3,6 +3,8 @@
 //! Owns the identity (PID and start time) and killing by it. Refuses to know why.
 
 use crate::error::LabError;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -32,6 +34,21 @@ impl Identity {
     /// Is it still there (a zombie is not)?
     pub fn is_alive(self) -> bool {
         Identity::of(self.pid) == Some(self)
+    }
+
+    /// Waits until it has ended, with all its threads.
+    pub fn until_ended(self) {
+        let Some(pid) = Pid::from_raw(self.pid) else { return };
+        // Whoever has the PID is pinned, and looked at after that, as in `kill`.
+        let Ok(pinned) = pidfd_open(pid, PidfdFlags::empty()) else {
+            return;
+        };
+        while self.is_alive() {
+            match poll(&mut [PollFd::new(&pinned, PollFlags::IN)], None) {
+                Err(Errno::INTR) => {}
+                _ => return,
+            }
+        }
     }
 
     /// Kills this process and no other that may have its PID now.

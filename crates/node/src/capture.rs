@@ -268,6 +268,11 @@ impl Source {
         })
     }
 
+    /// By which arena it is known again, should this daemon die: see [`held::Abandoned::arena`].
+    pub fn arena(&self) -> io::Result<u64> {
+        self.foothold.arena.number()
+    }
+
     /// Whether a userfaultfd serves some of its memory.
     pub fn is_watched(&self) -> bool {
         self.listing.iter().any(|(_, flags)| flags.contains(b"um"))

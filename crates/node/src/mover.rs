@@ -14,6 +14,7 @@ mod attempts;
 mod decisions;
 mod giving;
 mod incoming;
+mod keepers;
 mod leftovers;
 mod links;
 mod outgoing;
@@ -130,6 +131,8 @@ pub struct Mover {
     busy: Mutex<BTreeMap<Pid, MoveId>>,
     /// Processes that came and have ended before the table here had learned that they came.
     early_ends: Mutex<BTreeMap<Pid, EarlyEnd>>,
+    /// Keepers that are still to be ended.
+    spent: Mutex<Vec<keepers::Spent>>,
     /// Processes that have ended elsewhere before their surrogates stood here.
     ends: Mutex<BTreeMap<Pid, ExitStatus>>,
     started: Instant,
@@ -197,6 +200,7 @@ impl Mover {
             busy: Mutex::default(),
             early_ends: Mutex::default(),
             ends: Mutex::default(),
+            spent: Mutex::default(),
             started: Instant::now(),
             me: me.clone(),
             config,

@@ -294,6 +294,11 @@ impl Arena {
         self.memfd.as_fd()
     }
 
+    /// Tells it from every other arena of this machine, also from a later one at the same address.
+    pub fn number(&self) -> std::io::Result<u64> {
+        Ok(rustix::fs::fstat(&self.memfd)?.st_ino)
+    }
+
     /// Where the target has it.
     pub fn base(&self) -> u64 {
         self.base

@@ -87,13 +87,19 @@ impl Obedient {
     /// Waits for the answer to the last order.
     #[track_caller]
     pub fn answer(&self) -> String {
-        let deadline = Instant::now() + PATIENCE;
+        let (name, pid, told) = (&self.name, self.pid, self.told);
+        self.answer_within(PATIENCE)
+            .unwrap_or_else(|| panic!("{name} ({pid}) does not answer order {told}"))
+    }
+
+    /// Waits for so long for the answer to the last order.
+    pub fn answer_within(&self, patience: Duration) -> Option<String> {
+        let deadline = Instant::now() + patience;
         loop {
-            if let Some(answer) = self.answered() {
+            let answer = self.answered();
+            if answer.is_some() || Instant::now() >= deadline {
                 return answer;
             }
-            let (name, pid, told) = (&self.name, self.pid, self.told);
-            assert!(Instant::now() < deadline, "{name} ({pid}) does not answer order {told}");
             std::thread::sleep(Duration::from_millis(2));
         }
     }

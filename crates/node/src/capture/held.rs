@@ -38,9 +38,9 @@ impl Abandoned {
         Note::of(&self.foothold).blank
     }
 
-    /// Where its arena is: those who share its memory have it there, too, and nobody else.
-    pub fn arena(&self) -> u64 {
-        self.foothold.range().0
+    /// Which arena it has: those who share its memory have the same, and nobody else, ever.
+    pub fn arena(&self) -> std::io::Result<u64> {
+        self.foothold.arena.number()
     }
 
     /// Does one of its threads wait in the loop, or its first where it is put while the loop is taken out?

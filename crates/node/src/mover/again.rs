@@ -27,30 +27,35 @@ impl Outgoing<'_> {
 
     /// The move was made.
     pub(super) fn leave_left(&mut self) {
-        let left = std::mem::take(&mut self.left);
+        let mut left = std::mem::take(&mut self.left);
         let leaving: Vec<i32> = left.iter().map(|left| left.host).collect();
-        for one in &left {
-            self.left.clone_from(&left);
-            self.leave_again(one, &leaving);
-        }
-        self.left.clear();
+        left.retain(|one| !self.leave_again(one, &leaving));
+        self.left = left;
     }
 
-    /// What a former daemon had parked is another node's by now.
-    fn leave_again(&mut self, left: &Left, leaving: &[i32]) {
+    /// What a former daemon had parked is another node's by now. Whether it is cleared away.
+    fn leave_again(&mut self, left: &Left, leaving: &[i32]) -> bool {
         let (mover, pid) = (self.mover.clone(), left.pid);
         mover.exits.left(pid);
-        let found = Abandoned::find(pid, left.host).ok().flatten();
+        let is_its_own = |found: &Abandoned| {
+            found
+                .arena()
+                .is_ok_and(|arena| left.arena.is_none_or(|its| its == arena))
+        };
+        let found = Abandoned::find(pid, left.host).ok().flatten().filter(is_its_own);
         if let Some(abandoned) = found.filter(|_| mover.nest.host_pid(pid).ok().flatten() == Some(left.host)) {
-            let arena = abandoned.arena();
+            let arena = abandoned.arena().ok();
             let keeper = children_of(left.host).into_iter().find(|(child, host)| {
-                Abandoned::find(*child, *host).is_ok_and(|found| found.is_some_and(|found| found.arena() == arena))
+                Abandoned::find(*child, *host).is_ok_and(|found| found.is_some_and(|found| found.arena().ok() == arena))
             });
             let into_image = || abandoned.into_image(left.pending.clone(), keeper.map(|(child, _)| child));
             let remember = |number| self.remember_image(pid, number);
             match mover.leave_behind((pid, left.host, false), into_image, leaving, remember) {
-                Ok((_, keeper)) => self.serve_again(pid, keeper),
-                Err(error) => tracing::error!(%pid, %error, "a departed process was not cleared away"),
+                Ok((_, keeper)) => self.serve_again(left, keeper),
+                Err(error) => {
+                    tracing::error!(%pid, %error, "a departed process was not cleared away: the next daemon tries again");
+                    return false;
+                }
             }
         }
         mover.streams.departed(pid, &left.streams, self.plan.destination);
@@ -58,21 +63,26 @@ impl Outgoing<'_> {
         if mover.arrivals.remove(pid).is_some() {
             mover.forget_arrival(pid);
         }
+        true
     }
 
-    fn serve_again(&mut self, pid: Pid, keeper: i32) {
-        self.keepers.insert(pid, keeper);
+    fn serve_again(&mut self, left: &Left, keeper: i32) {
+        let pid = left.pid;
+        if self.keepers.insert(pid, keeper).is_some() {
+            // It was made known to init before the former daemon died, and is served already: whoever has claimed it since
+            // will release that one.
+            return;
+        }
         let open = |name: &str| File::open(ProcDir::process(keeper).path(name));
         let (Some(id), Ok(mem), Ok(pagemap)) = (self.images.get(&pid).copied(), open("mem"), open("pagemap")) else {
             return tracing::error!(%pid, "the pages that a process left here cannot be served");
         };
-        let left = self.left.iter().find(|left| left.pid == pid);
         self.mover.images.register(NewImage {
             id,
             mem,
             pagemap,
             keeper: Some(keeper),
-            regions: left.map(|left| left.regions.clone()).unwrap_or_default(),
+            regions: left.regions.clone(),
             on_unused: self.on_unused(pid),
         });
     }

@@ -4,6 +4,7 @@
 //! [`Outgoing`]. Invariant: whatever fails before the commit, the processes run on and nothing of them is served.
 
 use super::ahead::Rounds;
+use super::keepers::Spent;
 use super::outgoing::{MoveOutcome, Outgoing, Report, failure};
 use super::party::{owner, sockets_of};
 use super::payload::{self, Ahead, Frozen as FrozenPayload, FrozenProcess, Prepare, Prepared};
@@ -304,6 +305,7 @@ impl Outgoing<'_> {
                 tracing::error!(pid = %frozen.source.pid, %error, "its descriptors may signal it once more");
             }
         }
+        let mut remains = Vec::new();
         for mut frozen in std::mem::take(&mut self.frozen) {
             let pid = frozen.source.pid;
             self.watches.push(frozen.source.take_watch());
@@ -311,6 +313,7 @@ impl Outgoing<'_> {
             self.mover.exits.left(pid);
             tracing::debug!(%pid, stopped = frozen.is_stopped(), pending = ?frozen.pending(), "leaving");
             let task = (pid, frozen.source.host, frozen.is_stopped());
+            let left = self.left_of(&frozen);
             let mover = self.mover.clone();
             let remember = |number| self.remember_image(pid, number);
             match mover.leave_behind(task, || frozen.into_image(), &leaving, remember) {
@@ -320,7 +323,10 @@ impl Outgoing<'_> {
                         self.mover.images.set_keeper(*image, keeper);
                     }
                 }
-                Err(error) => tracing::error!(%pid, %error, "a departed process was not cleared away"),
+                Err(error) => {
+                    tracing::error!(%pid, %error, "a departed process was not cleared away: the next daemon tries again");
+                    remains.push(left);
+                }
             }
             self.mover.streams.departed(pid, &streams, to);
             tracing::info!(%pid, %to, "a process has left");
@@ -331,6 +337,7 @@ impl Outgoing<'_> {
             }
         }
         self.leave_left();
+        self.left.append(&mut remains);
         self.mover.sweep();
     }
 
@@ -352,8 +359,11 @@ impl Outgoing<'_> {
             self.mover.images.remove(*image);
         }
         if let Some(keeper) = self.keepers.remove(&pid) {
-            self.mover.end_keeper(keeper);
-            self.mover.drop_image_record(self.plan.move_id, pid);
+            self.mover.end_keeper(Spent {
+                by: self.plan.move_id,
+                pid,
+                host: keeper,
+            });
         }
     }
 }

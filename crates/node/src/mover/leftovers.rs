@@ -27,6 +27,7 @@ impl Mover {
                 source.left.push(Left {
                     pid,
                     host,
+                    arena: None,
                     image: None,
                     regions: Vec::new(),
                     pending: Vec::new(),
@@ -64,7 +65,8 @@ impl Mover {
                 continue;
             }
             let parent = ProcDir::process(host).status().map_or(0, |status| status.ppid);
-            if found(Pid(0), parent).is_some_and(|parents| parents.arena() == abandoned.arena()) {
+            let arena = |of: &Abandoned| of.arena().ok();
+            if found(Pid(0), parent).is_some_and(|parents| arena(&parents) == arena(&abandoned)) {
                 self.hidden.insert(pid, HiddenKind::Keeper);
             } else if abandoned.is_blank() {
                 // It needs the nest's events, which nobody takes yet.

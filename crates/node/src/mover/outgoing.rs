@@ -127,6 +127,8 @@ pub(super) struct Outgoing<'a> {
     pub(super) regions: BTreeMap<Pid, Vec<(u64, u64)>>,
     /// Of a move that a former daemon began: what it had frozen.
     pub(super) left: Vec<Left>,
+    /// What init keeps of it.
+    kept: Option<SourceRecord>,
     pub(super) times: Times,
     pub(super) reporter: &'a Reporter,
     pub(super) told: bool,
@@ -198,6 +200,7 @@ impl<'a> Outgoing<'a> {
             watches: Vec::new(),
             regions: BTreeMap::new(),
             left: Vec::new(),
+            kept: None,
             times: Times::start(),
             reporter,
             told: false,
@@ -404,6 +407,7 @@ impl<'a> Outgoing<'a> {
             }
             SourceAction::Persist(record) => self.persist(record)?,
             SourceAction::Forget => {
+                self.kept = None;
                 self.mover
                     .log("dropping a record", self.mover.nest.drop_soon(&self.label()));
             }
@@ -422,6 +426,7 @@ impl<'a> Outgoing<'a> {
             SourceAction::MakeImage => {
                 self.make_images();
                 steps::mark("making the image (not waited for)");
+                self.keep_what_is_left()?;
             }
             SourceAction::ForgetImage(pid) => self.forget_image(pid),
             SourceAction::Learn(changes) => self.mover.decide(HomeEvent::Learn(changes)),
@@ -432,7 +437,7 @@ impl<'a> Outgoing<'a> {
     }
 
     /// A record that cannot be made durable ends the thread as a crash would: what is parked waits for the next daemon.
-    fn persist(&self, record: SourceRecord) -> Result<(), MoveOutcome> {
+    fn persist(&mut self, record: SourceRecord) -> Result<(), MoveOutcome> {
         let is_first = matches!(record.stage, SourceStage::Freezing(_));
         // What is stopped and not parked yet runs on if this daemon dies.
         let parked = if is_first { &[][..] } else { &self.frozen[..] };
@@ -441,13 +446,26 @@ impl<'a> Outgoing<'a> {
             left: left.collect(),
             record,
         };
-        let label = self.label();
         steps::mark("putting together the record");
-        let stored = postcard::to_stdvec(&kept)
+        let stored = self.keep(&kept, is_first);
+        self.kept = Some(kept.record);
+        stored
+    }
+
+    /// What was parked is cleared away: should a process come back, it is none that a later daemon has to clear away.
+    fn keep_what_is_left(&self) -> Result<(), MoveOutcome> {
+        let Some(record) = self.kept.clone() else { return Ok(()) };
+        let left = self.left.clone();
+        self.keep(&KeptSource { record, left }, false)
+    }
+
+    fn keep(&self, kept: &KeptSource, wait: bool) -> Result<(), MoveOutcome> {
+        let label = self.label();
+        let stored = postcard::to_stdvec(kept)
             .map_err(std::io::Error::other)
             .and_then(|blob| {
                 // Before the freeze there is time to hear whether there is room.
-                if is_first {
+                if wait {
                     self.mover.nest.store(&label, &[], blob)
                 } else {
                     self.mover.nest.store_soon(&label, blob)
@@ -463,11 +481,12 @@ impl<'a> Outgoing<'a> {
         })
     }
 
-    fn left_of(&self, frozen: &Frozen) -> Left {
+    pub(super) fn left_of(&self, frozen: &Frozen) -> Left {
         let pid = frozen.source.pid;
         Left {
             pid,
             host: frozen.source.host,
+            arena: frozen.source.arena().ok(),
             image: self.images.get(&pid).copied(),
             regions: self.regions.get(&pid).cloned().unwrap_or_default(),
             pending: frozen.pending().to_vec(),

@@ -73,6 +73,8 @@ pub(super) struct KeptSource {
 pub(super) struct Left {
     pub(super) pid: Pid,
     pub(super) host: i32,
+    /// By which it is told from one of this number that has come back; unknown before the freeze.
+    pub(super) arena: Option<u64>,
     /// Under which name its pages are served from the commit on, and which.
     pub(super) image: Option<ImageId>,
     pub(super) regions: Vec<(u64, u64)>,

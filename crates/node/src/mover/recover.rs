@@ -6,6 +6,7 @@
 //! again as long as its keeper lives; a process whose pages were still elsewhere is served again from its journal.
 
 use super::arrivals::Arrival;
+use super::keepers::Spent;
 use super::records::{
     ARRIVAL, ArrivalRecord, DESTINATION, IMAGE, ImageRecord, KeptDestination, KeptSource, SOURCE, records,
 };
@@ -80,6 +81,13 @@ impl Mover {
             let theirs = pids.iter().filter_map(|pid| withdrawn.remove_entry(pid)).collect();
             self.recover_source(source, images, theirs)?;
         }
+        // All of their moves is over but that.
+        let over = images.into_values().flatten();
+        lock(&self.spent).extend(over.map(|(image, host)| Spent {
+            by: image.by,
+            pid: image.pid,
+            host,
+        }));
         // They run elsewhere: who holds their pages must hear that nobody here needs them.
         self.hand_over(withdrawn);
         self.begin()

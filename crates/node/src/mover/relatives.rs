@@ -6,16 +6,13 @@
 //! Invariant: while a process arrives nothing is ended, since what it needs is not yet written down.
 
 use super::{Mover, lock};
-use crate::capture::{SCRIPT_MASK, made_again};
 use crate::processes::HiddenKind;
 use crate::signals::orders::settle_stop;
 use dunlin_proto::ids::Pid;
 use dunlin_proto::image::Child;
-use dunlin_sys::foothold::syscall_instruction;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::{Options, Running};
-use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::process::{PidfdFlags, Signal};
+use rustix::process::Signal;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::time::{Duration, Instant};
@@ -39,6 +36,7 @@ impl Mover {
                 self.hidden.remove(pid);
             }
         }
+        self.end_spent_keepers();
         // Held all the time, so that no process begins to arrive.
         let arriving = lock(&self.destinations);
         if !arriving.is_empty() {
@@ -135,32 +133,6 @@ impl Mover {
         self.needed(|other| leaving.contains(&other)).contains(&pid)
     }
 
-    /// Ends the keeper of an image that nobody needs any more. Its parent is told nothing at its end, and has to be
-    /// made to reap it, whether it is a surrogate by now or the process again. The thread that calls traces nobody.
-    pub(super) fn end_keeper(&self, keeper: i32) {
-        let ended = || -> io::Result<()> {
-            let status = ProcDir::process(keeper).status().map_err(io::Error::other)?;
-            let number = status.ns_pids.last().copied().unwrap_or(0);
-            let process = rustix::process::Pid::from_raw(keeper).ok_or(io::ErrorKind::InvalidInput)?;
-            let pidfd = rustix::process::pidfd_open(process, PidfdFlags::empty())?;
-            rustix::process::pidfd_send_signal(&pidfd, Signal::KILL)?;
-            let patience = Timespec { tv_sec: 2, tv_nsec: 0 };
-            rustix::event::poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&patience))?;
-            let parent = ProcDir::process(status.ppid).status().map_err(io::Error::other)?;
-            let pid = parent.ns_pids.last().copied().map_or(Pid(0), Pid);
-            match self.hidden.kind(pid) {
-                // PID 1 reaps whatever it is given.
-                _ if pid.0 <= 1 => Ok(()),
-                Some(_) => {
-                    let parent = rustix::process::Pid::from_raw(status.ppid).ok_or(io::ErrorKind::InvalidInput)?;
-                    Ok(rustix::process::kill_process(parent, Signal::CHILD)?)
-                }
-                None => reap(status.ppid, number),
-            }
-        };
-        self.log("ending an image's keeper", ended());
-    }
-
     /// The ancestors and leaders of all that live here or are at home here, but for those who leave.
     fn needed(&self, leaves: impl Fn(i32) -> bool) -> BTreeSet<Pid> {
         let mut tasks = BTreeMap::new();
@@ -224,26 +196,6 @@ fn pending(host: i32) -> io::Result<Vec<Vec<u8>>> {
     signals.extend(thread.pending_signals(false).map_err(io::Error::other)?);
     thread.detach(0).map_err(io::Error::other)?;
     Ok(signals.into_iter().map(|s| s.to_vec()).collect())
-}
-
-/// Has a program wait for a child that only __WALL shows it.
-fn reap(program: i32, child: i32) -> io::Result<()> {
-    const SYS_WAIT4: i64 = 61;
-    const WALL_NOHANG: u64 = 0x4000_0001;
-    let patience = Instant::now() + Duration::from_secs(2);
-    let running = Running::seize(program, Options::default()).map_err(io::Error::other)?;
-    let (thread, _) = running.stop(patience).map_err(io::Error::other)?;
-    let work = || -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        let at = syscall_instruction(&ProcDir::process(program))?;
-        let (registers, mask) = (thread.registers()?, thread.signal_mask()?);
-        thread.set_signal_mask(SCRIPT_MASK)?;
-        let arguments = [child as u64, 0, WALL_NOHANG, 0, 0, 0];
-        let (thread, _) = thread.inject(at, SYS_WAIT4, arguments)?;
-        thread.set_registers(&made_again(&registers).unwrap_or(registers))?;
-        thread.set_signal_mask(mask)?;
-        Ok(thread.detach(0)?)
-    };
-    work().map_err(io::Error::other)
 }
 
 fn task(host: i32) -> Option<Task> {
