@@ -10,6 +10,7 @@ const MAP_LOOKUP: u32 = 1;
 const MAP_UPDATE: u32 = 2;
 const MAP_DELETE: u32 = 3;
 const MAP_NEXT_KEY: u32 = 4;
+const PROGRAM_LOAD: u32 = 5;
 const OBJECT_INFO: u32 = 15;
 const LINK_CREATE: u32 = 28;
 
@@ -138,6 +139,72 @@ impl Map {
 impl AsFd for Map {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+/// One instruction, as the kernel has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct Instruction {
+    /// What it does.
+    pub code: u8,
+    /// The destination's number, and above it the source's.
+    pub registers: u8,
+    /// How far.
+    pub offset: i16,
+    /// With what.
+    pub immediate: i32,
+}
+
+/// Loads a program that sees packets (BPF_PROG_TYPE_SCHED_CLS), under the licence that the kernel's own functions ask for.
+pub fn load_classifier(name: &str, instructions: &[Instruction]) -> io::Result<OwnedFd> {
+    const CLASSIFIER: u32 = 3;
+    const MAX_NAME: usize = 15;
+    #[repr(C)]
+    struct Program {
+        kind: u32,
+        count: u32,
+        instructions: u64,
+        licence: u64,
+        log_level: u32,
+        log_bytes: u32,
+        log: u64,
+        kernel: u32,
+        flags: u32,
+        name: [u8; 16],
+    }
+    let mut log = Vec::new();
+    let mut try_to = |log_bytes: usize| {
+        log.resize(log_bytes, 0u8);
+        let mut attr = Program {
+            kind: CLASSIFIER,
+            count: instructions.len() as u32,
+            instructions: instructions.as_ptr() as u64,
+            licence: c"GPL".as_ptr() as u64,
+            log_level: u32::from(log_bytes > 0),
+            log_bytes: log_bytes as u32,
+            log: if log_bytes > 0 { log.as_mut_ptr() as u64 } else { 0 },
+            kernel: 0,
+            flags: 0,
+            name: [0; 16],
+        };
+        let length = name.len().min(MAX_NAME);
+        attr.name[..length].copy_from_slice(&name.as_bytes()[..length]);
+        // SAFETY: the kernel reads as many instructions as are said and a string that ends, and writes at most as many bytes of
+        // the log as are said; all of it outlives the call. The answer is a descriptor of nobody's but ours.
+        unsafe { call(PROGRAM_LOAD, &mut attr).map(|fd| OwnedFd::from_raw_fd(fd as i32)) }
+    };
+    match try_to(0) {
+        Ok(program) => Ok(program),
+        Err(error) => {
+            // Once more, to hear why. If the log has no room for all of it, the first error is the one that counts.
+            let _ = try_to(256 << 10);
+            let text = String::from_utf8_lossy(&log);
+            let text = text.trim_end_matches(['\0', '\n']);
+            let end: Vec<&str> = text.lines().rev().take(3).collect();
+            let end: Vec<&str> = end.into_iter().rev().collect();
+            Err(io::Error::new(error.kind(), format!("{error}: {}", end.join("; "))))
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! put under the kernel's nose ([`wire`]). Refuses to know whose a socket is and where it goes. Invariant: what is only
 //! read leaves the socket as it was.
 
+pub mod callers;
 pub mod options;
 pub mod tcp;
 pub mod udp;

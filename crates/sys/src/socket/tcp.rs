@@ -30,7 +30,7 @@ const SEND_QUEUE: u32 = 2;
 const SIOCINQ: libc::Ioctl = 0x541b;
 const SIOCOUTQ: libc::Ioctl = 0x5411;
 const SIOCOUTQNSD: libc::Ioctl = 0x894b;
-const SO_BUF_LOCK: i32 = 72;
+pub(super) const SO_BUF_LOCK: i32 = 72;
 /// Bits of tcpi_options.
 const HAS_TIMESTAMPS: u8 = 1;
 const HAS_SACK: u8 = 2;
@@ -211,6 +211,19 @@ pub struct Connection {
     pub timestamp: Option<u32>,
     /// shutdown(SHUT_RD), which the peer does not see.
     pub deaf: bool,
+}
+
+/// How far, in milliseconds, the clock of a rebuilt connection is ahead of what was captured. Until it is closed the old
+/// socket's timers may send once more (an acknowledgement, what nobody has acknowledged), with timestamps that are as much newer
+/// than the captured one as the capture is ago. A peer drops whatever is older than the newest that it has seen. What is too
+/// much only makes the first measured round trip longer, by less than the second that the kernel assumes without any.
+const AHEAD: u32 = 250;
+
+impl Connection {
+    /// The clock of its timestamps, as it is to go on elsewhere.
+    pub(super) fn clock_ahead(&self) -> Option<u32> {
+        self.timestamp.map(|timestamp| timestamp.wrapping_add(AHEAD))
+    }
 }
 
 /// Puts a socket into repair: from now on closing it tells nobody, and what is done to its queues is not sent.

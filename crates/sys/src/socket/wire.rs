@@ -20,7 +20,7 @@ pub const ACK: u8 = 16;
 const PROTOCOL_TCP: u8 = 6;
 const PROTOCOL_UDP: u8 = 17;
 
-/// A TCP segment without options.
+/// A TCP segment.
 #[derive(Debug, Clone, Copy)]
 pub struct Segment<'a> {
     /// Who sent it.
@@ -42,14 +42,24 @@ pub struct Segment<'a> {
 impl Segment<'_> {
     /// As an IP packet.
     pub fn packet(&self) -> io::Result<Vec<u8>> {
-        let mut body = Vec::with_capacity(20 + self.bytes.len());
+        self.packet_with(&[])
+    }
+
+    /// As an IP packet with options: at most 40 bytes, a multiple of four.
+    pub fn packet_with(&self, options: &[u8]) -> io::Result<Vec<u8>> {
+        assert!(
+            options.len() <= 40 && options.len() % 4 == 0,
+            "options that no header has room for"
+        );
+        let mut body = Vec::with_capacity(20 + options.len() + self.bytes.len());
         body.extend(self.from.port().to_be_bytes());
         body.extend(self.to.port().to_be_bytes());
         body.extend(self.sequence.to_be_bytes());
         body.extend(self.acknowledges.to_be_bytes());
-        body.extend([5 << 4, self.flags]);
+        body.extend([(5 + options.len() as u8 / 4) << 4, self.flags]);
         body.extend(self.window.to_be_bytes());
         body.extend([0; 4]);
+        body.extend(options);
         body.extend(self.bytes);
         let sum = checksum(self.from.ip(), self.to.ip(), PROTOCOL_TCP, &body);
         body[16..18].copy_from_slice(&sum.to_be_bytes());

@@ -145,7 +145,7 @@ impl Networks {
     }
 }
 
-fn index_of(name: &str) -> i32 {
+pub fn index_of(name: &str) -> i32 {
     let output = Command::new("ip").args(["-o", "link", "show", name]).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     text.split(':').next().unwrap().trim().parse().unwrap()

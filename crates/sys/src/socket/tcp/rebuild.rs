@@ -20,11 +20,6 @@ const OPTION_MSS: u32 = 2;
 const OPTION_WINDOW: u32 = 3;
 const OPTION_SACK: u32 = 4;
 const OPTION_TIMESTAMP: u32 = 8;
-/// How far, in milliseconds, the clock of a rebuilt connection is ahead of what was captured. Until it is closed the old
-/// socket's timers may send once more (an acknowledgement, what nobody has acknowledged), with timestamps that are as much newer
-/// than the captured one as the capture is ago. A peer drops whatever is older than the newest that it has seen. What is too
-/// much only makes the first measured round trip longer, by less than the second that the kernel assumes without any.
-const AHEAD: u32 = 250;
 /// What is given to the kernel at once: few enough pages for one packet buffer.
 const CHUNK: usize = 32 << 10;
 
@@ -117,8 +112,8 @@ fn set_spoken(socket: BorrowedFd<'_>, connection: &Connection) -> io::Result<()>
     }
     let bytes: Vec<u8> = options.iter().flatten().flat_map(|word| word.to_ne_bytes()).collect();
     set(socket, TCP, TCP_REPAIR_OPTIONS, &bytes)?;
-    if let Some(timestamp) = connection.timestamp {
-        set_word(socket, TCP, TCP_TIMESTAMP, timestamp.wrapping_add(AHEAD))?;
+    if let Some(timestamp) = connection.clock_ahead() {
+        set_word(socket, TCP, TCP_TIMESTAMP, timestamp)?;
     }
     Ok(())
 }
