@@ -23,7 +23,7 @@ mod open;
 mod park;
 mod slices;
 
-pub use door::Door;
+pub use door::{Door, Entrance};
 pub use open::Shelf;
 pub use slices::Slices;
 
@@ -32,12 +32,13 @@ use dunlin_proto::endpoint::{Endpoint, Family, Proto};
 use dunlin_proto::ids::{MoveId, Slot};
 use dunlin_sys::links::Device;
 use dunlin_sys::sockdiag::SockDiag;
+use dunlin_sys::socket::callers::Porter;
 use dunlin_sys::steer::{self, Counters, Hop, Name, Tables};
 use park::Park;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// An entry of a connection whose ends have both said that they are done is kept so long: late packets still find their way.
@@ -67,6 +68,8 @@ pub(crate) struct Inner {
     /// What the peers are to be told.
     news: News,
     diag: Mutex<SockDiag>,
+    /// Loaded once, when it is first wanted or before; `None`: this kernel has nothing of the kind.
+    porter: OnceLock<Option<Porter>>,
 }
 
 /// The addresses that all nests of the cluster have.
@@ -278,12 +281,28 @@ impl Edge {
         Ok(())
     }
 
+    /// Who keeps what must outlive this daemon.
+    pub(crate) fn shelf(&self) -> Option<&dyn Shelf> {
+        self.0.as_ref().map(|inner| &*inner.shelf)
+    }
+
     fn inner(&self) -> Result<&Arc<Inner>, EdgeError> {
         self.0.as_ref().ok_or(EdgeError::NoNetwork)
     }
 }
 
 impl Inner {
+    /// Who lets connections that were made elsewhere into the queues of listening sockets.
+    fn porter(&self) -> Option<&Porter> {
+        let load = || {
+            let loaded = Porter::load();
+            loaded
+                .inspect_err(|why| tracing::info!("connections that nobody has accepted do not move: {why}"))
+                .ok()
+        };
+        self.porter.get_or_init(load).as_ref()
+    }
+
     fn turn(&self) -> MutexGuard<'_, Park> {
         self.park.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -402,6 +402,23 @@ impl Nest {
         }
     }
 
+    /// Has init accept those who wait at a listening socket, as many as one label holds, and keep them under it: copies of them, and
+    /// the bytes with who each of them is behind them. `None`: nobody waits.
+    pub fn accept(
+        &self,
+        label: &str,
+        listening: BorrowedFd<'_>,
+        blob: Vec<u8>,
+    ) -> io::Result<Option<(Vec<OwnedFd>, Vec<u8>)>> {
+        let label = label.to_owned();
+        let reply = self.0.connection.ask(Request::Accept { label, blob }, &[listening])?;
+        match reply.answer {
+            Answer::Kept(blob) => Ok(Some((reply.fds, blob))),
+            Answer::Absent => Ok(None),
+            other => Err(unexpected(other)),
+        }
+    }
+
     /// Lets init forget a label. `false`: it had none.
     pub fn drop_label(&self, label: &str) -> io::Result<bool> {
         let label = label.to_owned();

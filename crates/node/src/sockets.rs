@@ -14,10 +14,12 @@
 //! repair, and what is held under the name of the move.
 
 pub mod arriving;
+mod callers;
 pub mod endpoints;
 pub mod leaving;
 pub mod look;
 pub mod recovery;
+mod taken;
 
 use dunlin_proto::image::{self, Socket};
 use dunlin_sys::socket::options::SocketOption;

@@ -54,6 +54,10 @@ impl Shelf for Drawer {
         Ok(())
     }
 
+    fn accept(&self, _: &str, _: BorrowedFd<'_>, _: Vec<u8>) -> io::Result<Option<(Vec<OwnedFd>, Vec<u8>)>> {
+        Ok(None)
+    }
+
     fn labels(&self) -> io::Result<Vec<String>> {
         Ok(self.0.lock().unwrap().keys().cloned().collect())
     }

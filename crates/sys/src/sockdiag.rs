@@ -12,6 +12,12 @@ pub const ESTABLISHED: u8 = 1;
 /// See [`ESTABLISHED`].
 pub const CLOSED: u8 = 7;
 /// See [`ESTABLISHED`].
+pub const CLOSE_WAIT: u8 = 8;
+/// See [`ESTABLISHED`]: a handshake that is under way; it is told as this…
+pub const SYN_RECEIVED: u8 = 3;
+/// …and asked for, by some kernels, as this, too.
+pub const NEW_SYN_RECEIVED: u8 = 12;
+/// See [`ESTABLISHED`].
 pub const LISTENING: u8 = 10;
 
 /// See [`ESTABLISHED`].
@@ -187,6 +193,7 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 mod tests {
     use super::*;
     use std::net::TcpListener;
+    use std::os::fd::AsFd;
 
     #[test]
     fn a_listener_of_both_families_is_told() {
@@ -221,6 +228,35 @@ mod tests {
         };
         SockDiag::open().unwrap().destroy(&found).unwrap();
         assert_eq!(waiting(), None);
+    }
+
+    #[test]
+    fn a_handshake_that_is_under_way_is_told() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        // The kernel drops the handshake's last segment, and waits for data.
+        let seconds = 30u32.to_ne_bytes();
+        crate::socket::options::set_early(
+            listener.as_fd(),
+            &[crate::socket::options::SocketOption {
+                level: libc::IPPROTO_TCP,
+                name: libc::TCP_DEFER_ACCEPT,
+                value: seconds.to_vec(),
+            }],
+        )
+        .unwrap();
+        let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let listed = SockDiag::open()
+            .unwrap()
+            .list(6, false, &[SYN_RECEIVED, NEW_SYN_RECEIVED]);
+        let listed = listed.unwrap();
+        let found = listed
+            .iter()
+            .find(|s| s.local == listener.local_addr().unwrap())
+            .unwrap();
+        assert_eq!(
+            (found.state, found.remote),
+            (SYN_RECEIVED, client.local_addr().unwrap())
+        );
     }
 
     #[test]

@@ -18,7 +18,7 @@ use dunlin_sys::steer::{self, NOWHERE, Programs, Tables};
 use dunlin_sys::tap::Tap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 
 /// The label of programs, tables, the park and what attaches the programs.
 const LABEL: &str = "edge/kernel";
@@ -31,6 +31,14 @@ pub trait Shelf: Send + Sync {
     fn keep_soon(&self, label: &str, blob: Vec<u8>) -> io::Result<()>;
     /// What is kept.
     fn kept(&self, label: &str) -> io::Result<Option<(Vec<OwnedFd>, Vec<u8>)>>;
+    /// Takes who waits at a listening socket out of its queue, as many as one label holds, and keeps them, with these bytes and
+    /// after them who each one is. `None`: nobody waits.
+    fn accept(
+        &self,
+        label: &str,
+        listening: BorrowedFd<'_>,
+        blob: Vec<u8>,
+    ) -> io::Result<Option<(Vec<OwnedFd>, Vec<u8>)>>;
     /// Keeps it no longer, without waiting.
     fn forget_soon(&self, label: &str) -> io::Result<()>;
     /// The labels there are.
@@ -48,6 +56,15 @@ impl Shelf for Nest {
 
     fn kept(&self, label: &str) -> io::Result<Option<(Vec<OwnedFd>, Vec<u8>)>> {
         self.fetch(label)
+    }
+
+    fn accept(
+        &self,
+        label: &str,
+        listening: BorrowedFd<'_>,
+        blob: Vec<u8>,
+    ) -> io::Result<Option<(Vec<OwnedFd>, Vec<u8>)>> {
+        Nest::accept(self, label, listening, blob)
     }
 
     fn forget_soon(&self, label: &str) -> io::Result<()> {
@@ -110,7 +127,13 @@ impl Edge {
             strays_wanted: Condvar::new(),
             news: News::default(),
             diag: Mutex::new(diag),
+            porter: OnceLock::new(),
         });
+        let loaded = Arc::downgrade(&inner);
+        std::thread::Builder::new()
+            .name("edge porter".into())
+            .spawn(move || loaded.upgrade().map(|inner| inner.porter().is_some()))
+            .map_err(failed("serving"))?;
         let watched = Arc::downgrade(&inner);
         std::thread::Builder::new()
             .name("edge strays".into())

@@ -12,6 +12,7 @@ use crate::nest::wire::{self, Answer, Event, FromInit, Request, ToInit};
 use dunlin_proto::ids::Pid;
 use dunlin_sys::seccomp::Listener;
 use dunlin_sys::sigwait::SignalFd;
+use dunlin_sys::socket::tcp;
 use dunlin_sys::spawn;
 use dunlin_sys::{fdpass, pidfd};
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -20,6 +21,7 @@ use rustix::net::SocketFlags;
 use rustix::process::WaitOptions;
 use std::collections::VecDeque;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -358,6 +360,7 @@ impl Server {
                 false => Answer::Absent.into(),
             },
             Request::List => Answer::Labels(self.store.labels()).into(),
+            Request::Accept { label, blob } => self.accept_callers(label, blob, fds),
         }
     }
 
@@ -407,6 +410,27 @@ impl Server {
         }
     }
 
+    fn accept_callers(&mut self, label: String, mut blob: Vec<u8>, fds: Vec<OwnedFd>) -> Outcome {
+        let what = "accepting who waits";
+        let accepted = fds
+            .first()
+            .ok_or(io::ErrorKind::InvalidInput.into())
+            .and_then(accept_all);
+        let (fds, names): (Vec<OwnedFd>, Vec<SocketAddr>) = match accepted {
+            Ok(accepted) if accepted.is_empty() => return Answer::Absent.into(),
+            Ok(accepted) => accepted.into_iter().unzip(),
+            Err(e) => return failed(what, &e).into(),
+        };
+        match postcard::to_stdvec(&names) {
+            Ok(names) => blob.extend(names),
+            Err(e) => return failed(what, &io::Error::other(e)).into(),
+        }
+        match self.store.put(label.clone(), Kept { fds, blob }) {
+            Ok(()) => self.fetch(&label),
+            Err(e) => failed(what, &e.into()).into(),
+        }
+    }
+
     fn fetch(&self, label: &str) -> Outcome {
         let Some(kept) = self.store.get(label) else {
             return Answer::Absent.into();
@@ -420,6 +444,18 @@ impl Server {
             Err(e) => failed("copying descriptors", &e).into(),
         }
     }
+}
+
+/// Those who wait at a listening socket, as many as fit into one message. The socket may be one that blocks: all who could take
+/// them before us are parked.
+fn accept_all(listening: &OwnedFd) -> io::Result<Vec<(OwnedFd, SocketAddr)>> {
+    let mut all = Vec::new();
+    while all.len() < fdpass::MAX_FDS && tcp::info(listening.as_fd())?.waiting > 0 {
+        let (fd, from) = rustix::net::acceptfrom_with(listening, SocketFlags::CLOEXEC)?;
+        let from = from.and_then(|any| SocketAddr::try_from(any).ok());
+        all.push((fd, from.ok_or(io::ErrorKind::NotConnected)?));
+    }
+    Ok(all)
 }
 
 struct Ready {

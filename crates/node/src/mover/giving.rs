@@ -109,9 +109,7 @@ impl Outgoing<'_> {
         });
         let planned: Vec<_> = planned.collect();
         if !self.still {
-            self.sockets
-                .hold_ports(&mover.edge, self.plan.move_id, &planned)
-                .map_err(LeaveError::from)?;
+            self.sockets.hold_ports(&mover.edge, self.plan.move_id, &planned)?;
         }
         let held = planned.iter().map(|(key, .., socket)| (*key, socket.clone()));
         self.sockets
@@ -270,7 +268,7 @@ impl Outgoing<'_> {
         for (pid, _) in &self.party {
             lock(&self.mover.ends).remove(pid);
         }
-        self.sockets.put_back();
+        self.sockets.put_back(&self.mover.edge);
         self.thaw_all();
         self.sockets.release(&self.mover.edge);
         for (pid, _) in &self.party {
@@ -297,7 +295,7 @@ impl Outgoing<'_> {
     }
 
     pub(super) fn make_images(&mut self) {
-        self.sockets.leave();
+        self.sockets.leave(&self.mover.edge);
         let to = self.plan.destination;
         let leaving: Vec<i32> = self.party.iter().map(|(_, host)| *host).collect();
         for frozen in &self.frozen {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::io;
 
 /// Both ends must have this one.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The file in a node's state directory.
 pub const SOCKET_NAME: &str = "init.sock";
@@ -116,6 +116,14 @@ pub enum Request {
     },
     /// What is kept (`Labels`).
     List,
+    /// Accept those who wait at the listening socket that comes along, as many as one label holds, and keep them: so that they
+    /// are not lost with a daemon. What is kept (`Kept`) has the bytes and after them who each one is, or `Absent`: nobody waits.
+    Accept {
+        /// Their name.
+        label: String,
+        /// The bytes.
+        blob: Vec<u8>,
+    },
 }
 
 /// A program to be started.

@@ -5,15 +5,16 @@
 //! known to nobody, so that dropping them is not noticed; what a peer sent of a description is checked by the kernel,
 //! and by the table of options.
 
+use super::callers::portable;
 use super::{endpoints, finish, is_loopback, is_tcp, leaving, settable, what};
 use crate::capture::descriptors::in_two;
-use crate::edge::{Door, Edge};
+use crate::edge::{Door, Edge, Entrance};
 use crate::restore::Common;
 use dunlin_proto::image::{FrozenSocket, Socket, SocketState};
 use dunlin_sys::sockdiag::{self, SockDiag};
 use dunlin_sys::socket::tcp::{self, Finish, State};
 use dunlin_sys::socket::wire::{self, Loop, Segment};
-use dunlin_sys::socket::{self, options};
+use dunlin_sys::socket::{self, callers, options};
 use rustix::fs::OFlags;
 use std::collections::BTreeMap;
 use std::io;
@@ -61,6 +62,7 @@ struct Made {
 enum Then {
     Nothing,
     Finish(Finish),
+    LetIn(Vec<callers::Caller>),
     Connect {
         remote: SocketAddr,
         first: u32,
@@ -74,6 +76,8 @@ struct Ways {
     around: Loop,
     door: Option<Door>,
     diag: Mutex<SockDiag>,
+    /// For those who wait at listening sockets.
+    entrance: Option<Entrance>,
 }
 
 impl Ways {
@@ -131,6 +135,7 @@ impl Arriving {
                 around: socket::in_network(network, Loop::open)??,
                 door: edge.door(network)?,
                 diag: Mutex::new(socket::in_network(network, SockDiag::open)??),
+                entrance: None,
             });
         }
         Ok(())
@@ -161,7 +166,13 @@ impl Arriving {
         self.made.retain(|key, _| there.contains(key));
         let news = frozen.iter().filter_map(|new| Some((new.key, new.changed.as_ref()?)));
         self.prepare(edge, network, news, common)?;
-        let Some(ways) = &self.ways else { return Ok(()) };
+        let Some(ways) = &mut self.ways else { return Ok(()) };
+        let called =
+            |new: &&FrozenSocket| matches!(&new.state, SocketState::Listening { callers, .. } if !callers.is_empty());
+        if let Some(made) = frozen.iter().find(called).and_then(|new| self.made.get(&new.key)) {
+            ways.entrance = edge.entrance(network).map_err(about(&made.socket))?;
+        }
+        let ways = &*ways;
         let mut pairs = Vec::with_capacity(frozen.len());
         let mut news: BTreeMap<u64, &FrozenSocket> = frozen.iter().map(|new| (new.key, new)).collect();
         for (key, made) in &mut self.made {
@@ -208,7 +219,15 @@ impl Arriving {
 
     /// By what their packets are found.
     fn endpoints(&self) -> Vec<dunlin_proto::endpoint::Endpoint> {
-        let all = self.made.values().flat_map(|made| endpoints::of(&made.socket));
+        let all = self.made.values().flat_map(|made| {
+            let mut all = endpoints::of(&made.socket);
+            if let Then::LetIn(callers) = &made.then {
+                all.extend(endpoints::of_callers(
+                    callers.iter().map(|caller| (caller.from, caller.to)),
+                ));
+            }
+            all
+        });
         let all: std::collections::BTreeSet<_> = all.collect();
         all.into_iter().collect()
     }
@@ -224,9 +243,10 @@ impl Arriving {
         }
         let steered = started.elapsed();
         let mut all: Vec<(u64, Made)> = std::mem::take(&mut self.made).into_iter().collect();
+        let entrance = self.ways.as_ref().and_then(|ways| ways.entrance.as_ref());
         let spoken = in_two(&mut all, |part| -> Result<(), std::convert::Infallible> {
             for (key, made) in part {
-                if let Err(error) = made.speak() {
+                if let Err(error) = made.speak(entrance) {
                     tracing::error!(key, %error, "a socket that came does not go on as it should");
                 }
             }
@@ -294,13 +314,23 @@ impl Made {
                 self.end(received, ways)?;
                 self.then = Then::Finish(done);
             }
-            (SocketState::Listening { backlog }, true) => match tcp::listen(fd, *backlog, &done) {
-                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                    ways.clear_port(self.socket.local.map_or(0, |local| local.port()))?;
-                    tcp::listen(fd, *backlog, &done)?;
+            (SocketState::Listening { backlog, callers }, true) => {
+                match tcp::listen(fd, *backlog, &done) {
+                    Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                        ways.clear_port(self.socket.local.map_or(0, |local| local.port()))?;
+                        tcp::listen(fd, *backlog, &done)?;
+                    }
+                    listening => listening?,
                 }
-                listening => listening?,
-            },
+                if !callers.is_empty() {
+                    if ways.entrance.is_none() {
+                        let why = "connections wait in it that the program has not accepted, which needs Linux 6.9 on this node";
+                        return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+                    }
+                    // When the move is decided: a queue that is closed tells its callers.
+                    self.then = Then::LetIn(callers.iter().map(portable).collect::<io::Result<_>>()?);
+                }
+            }
             (SocketState::Opening { first }, true) => {
                 let remote = self.socket.remote.ok_or_else(|| unsound("nobody to connect to"))?;
                 self.then = Then::Connect {
@@ -457,10 +487,11 @@ impl Made {
         }
     }
 
-    fn speak(&self) -> io::Result<()> {
+    fn speak(&self, entrance: Option<&Entrance>) -> io::Result<()> {
         let fd = self.fd.as_fd();
         match &self.then {
             Then::Nothing => Ok(()),
+            Then::LetIn(callers) => entrance.ok_or(io::ErrorKind::NotConnected)?.let_in(fd, callers),
             Then::Finish(done) => tcp::finish(fd, done),
             Then::Connect {
                 remote,

@@ -4,7 +4,7 @@ use super::{is_loopback, is_tcp};
 use dunlin_proto::endpoint::{Endpoint, Family, Proto};
 use dunlin_proto::image::Socket;
 use dunlin_sys::socket::FAMILY_V6;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 /// The endpoints of a socket: none for one that only its own nest can reach.
 pub fn of(socket: &Socket) -> Vec<Endpoint> {
@@ -28,6 +28,12 @@ pub fn of(socket: &Socket) -> Vec<Endpoint> {
         }
         address => vec![port(Family::of(address))],
     }
+}
+
+/// Those of connections that nobody has accepted yet: whose they are, and to which address.
+pub fn of_callers(all: impl Iterator<Item = (SocketAddr, SocketAddr)>) -> Vec<Endpoint> {
+    all.map(|(from, to)| Endpoint::flow(Proto::Tcp, to.port(), from))
+        .collect()
 }
 
 fn is_v6_only(socket: &Socket) -> bool {

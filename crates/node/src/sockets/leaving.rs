@@ -4,10 +4,11 @@
 //! from [`Leaving::capture`] on, all that have these sockets are parked. Invariants: whatever fails, [`Leaving::put_back`]
 //! makes the sockets as they were; what was held ends in [`Leaving::release`] or [`Leaving::hand_over`].
 
-use super::look::{self, tcp_rows};
-use super::{endpoints, is_tcp};
+use super::callers::Callers;
+use super::taken::{Looked, Taken, look_at};
+use super::{endpoints, look};
 use crate::capture::descriptors::in_two;
-use crate::edge::{Edge, EdgeError, Hold, Inside};
+use crate::edge::{Edge, EdgeError, Hold};
 use crate::obstacle;
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::endpoint::Endpoint;
@@ -15,7 +16,6 @@ use dunlin_proto::ids::{MoveId, Pid, Slot};
 use dunlin_proto::image::{self, DescriptionKind, Files, FrozenSocket, Socket, SocketState};
 use dunlin_sys::foothold::Table;
 use dunlin_sys::socket::tcp::{self, State};
-use dunlin_sys::socket::{self, FAMILY_V6, udp};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -86,6 +86,7 @@ pub struct Leaving {
     holds: Vec<Hold>,
     held: BTreeSet<Endpoint>,
     taken: Vec<Taken>,
+    callers: Callers,
 }
 
 /// What was seen of planned sockets as soon as their processes had stopped: by key, under which number of which process.
@@ -114,50 +115,6 @@ pub fn look_early(edge: &Edge, planned: &[(u64, Pid, i32, i32, Socket)]) -> Earl
     EarlyLooks(found)
 }
 
-#[derive(Debug)]
-struct Taken {
-    owner: (Pid, i32),
-    key: u64,
-    flags: u32,
-    fd: OwnedFd,
-    is: Is,
-    /// If it is not what the plan says.
-    changed: Option<Socket>,
-    state: Option<State>,
-    reuse: bool,
-    in_repair: bool,
-    segments: u32,
-    window: Option<[u32; 5]>,
-}
-
-/// What must be known of a socket to read it.
-#[derive(Debug, Clone, Copy)]
-struct Is {
-    tcp: bool,
-    v6: bool,
-    listening: bool,
-    port: u16,
-}
-
-impl Is {
-    fn of(socket: &Socket) -> Is {
-        Is {
-            tcp: is_tcp(socket),
-            v6: socket.family == FAMILY_V6,
-            listening: socket.listening,
-            port: socket.local.map_or(0, |local| local.port()),
-        }
-    }
-}
-
-/// What a look at a socket in the freeze came to.
-struct Look {
-    is: Is,
-    changed: Option<Socket>,
-    state: Option<State>,
-    reuse: bool,
-}
-
 impl Leaving {
     /// What a former daemon held for this move.
     pub fn take_up(edge: &Edge, by: MoveId) -> Leaving {
@@ -171,33 +128,45 @@ impl Leaving {
             holds,
             planned: BTreeMap::new(),
             taken: Vec::new(),
+            callers: Callers::take_up(edge, by),
         }
     }
 
-    /// Nobody new comes to the listening sockets that the plan names; whoever is there already is waited for, while the program still
-    /// runs: connections that it has not accepted cannot be read. If it does not accept them in time, [`Leaving::capture`]
-    /// says so.
+    /// Nobody new comes to the listening sockets that the plan names; whoever is about to be there is waited for, while the program
+    /// still runs: a handshake that is under way cannot be read. Nor can connections that it has not accepted where the kernel lets
+    /// nobody put them into a queue again. If that takes too long, [`Leaving::capture`] says so.
     pub fn hold_ports(
         &mut self,
         edge: &Edge,
         by: MoveId,
         planned: &[(u64, Pid, i32, i32, Socket)],
-    ) -> Result<(), EdgeError> {
+    ) -> Result<(), LeaveError> {
         let listening: Vec<_> = planned.iter().filter(|(.., socket)| socket.listening).collect();
+        let Some((_, pid, host, number, _)) = listening.first() else {
+            return Ok(());
+        };
         let endpoints = listening
             .iter()
             .flat_map(|(.., socket)| endpoints::of(socket))
             .collect();
         self.hold_more(edge, by, endpoints)?;
-        let watched: Vec<(OwnedFd, i32, u16)> = listening
+        self.callers.open(edge, *host).map_err(kernel(*pid, *number))?;
+        let ports: BTreeSet<u16> = listening
             .iter()
-            .filter_map(|(_, _, host, number, socket)| {
-                let fd = Table::of(*host).ok()?.take(*number).ok()?;
-                Some((fd, *host, socket.local?.port()))
-            })
+            .filter_map(|(.., socket)| Some(socket.local?.port()))
             .collect();
+        let watched: Vec<OwnedFd> = match self.callers.can_be_taken() {
+            true => Vec::new(),
+            false => listening
+                .iter()
+                .filter_map(|(_, _, host, number, _)| Table::of(*host).ok()?.take(*number).ok())
+                .collect(),
+        };
+        let called = |fd: &OwnedFd| tcp::info(fd.as_fd()).is_ok_and(|info| info.waiting > 0);
         let until = Instant::now() + ACCEPT_WITHIN;
-        while watched.iter().any(|(fd, host, port)| has_callers(fd, *host, *port)) && Instant::now() < until {
+        while (watched.iter().any(called) || self.callers.half_way(&ports).is_ok_and(|found| found.is_some()))
+            && Instant::now() < until
+        {
             std::thread::sleep(ACCEPT_EVERY);
         }
         Ok(())
@@ -236,7 +205,7 @@ impl Leaving {
         let news = self.taken.iter().filter_map(|taken| taken.changed.as_ref());
         let news: BTreeSet<Endpoint> = news.flat_map(endpoints::of).collect();
         self.hold_more(edge, by, news)?;
-        self.refuse_unfinished(owners)?;
+        self.take_callers(edge, by)?;
         let taken = &mut self.taken;
         in_two(taken, |part| part.iter_mut().try_for_each(Taken::enter_repair))?;
         let mut frozen = in_two(taken, |part| {
@@ -245,14 +214,19 @@ impl Leaving {
         })?
         .concat();
         for _ in 0..ROUNDS {
-            let mut changed = false;
-            for (taken, frozen) in taken.iter_mut().zip(&mut frozen) {
+            let mut changed = self.take_callers(edge, by)?;
+            for (taken, frozen) in self.taken.iter_mut().zip(&mut frozen) {
                 if taken.has_heard()? {
                     changed = true;
                     *frozen = taken.capture(Some(frozen))?;
                 }
             }
             if !changed {
+                for frozen in &mut frozen {
+                    if let SocketState::Listening { callers, .. } = &mut frozen.state {
+                        *callers = self.callers.of(frozen.key);
+                    }
+                }
                 return Ok(frozen);
             }
         }
@@ -299,6 +273,7 @@ impl Leaving {
             match looked {
                 Ok((key, flags, look)) => self.taken.push(Taken {
                     owner: (owner.pid, number),
+                    host: owner.host,
                     key,
                     flags,
                     fd,
@@ -327,50 +302,58 @@ impl Leaving {
         }
     }
 
-    /// Connections that no program has yet cannot be read; the next attempt will find them accepted.
-    fn refuse_unfinished(&self, owners: &[Owner<'_>]) -> Result<(), LeaveError> {
-        let mut ports = BTreeSet::new();
-        let mut obstacles = Vec::new();
-        for taken in self.taken.iter().filter(|t| t.is.listening) {
-            ports.insert(taken.is.port);
-            let waiting = tcp::info(taken.fd.as_fd()).map_err(taken.kernel())?.waiting;
-            if waiting > 0 {
-                obstacles.push(obstacle::descriptor(
+    /// Takes out those who wait at listening sockets, and reads them. Whether there was anything new.
+    fn take_callers(&mut self, edge: &Edge, by: MoveId) -> Result<bool, LeaveError> {
+        let listening: Vec<&Taken> = self.taken.iter().filter(|taken| taken.is.listening).collect();
+        let Some(first) = listening.first() else {
+            return Ok(false);
+        };
+        self.callers.open(edge, first.host).map_err(first.kernel())?;
+        let ports: BTreeSet<u16> = listening.iter().map(|taken| taken.is.port).collect();
+        // Before those who are through: nobody is between the two then.
+        if let Some((port, from)) = self.callers.half_way(&ports).map_err(first.kernel())? {
+            return Err(LeaveError::Obstacles(vec![obstacle::obstacle(
+                first.owner.0,
+                "network",
+                format_args!("port {port}"),
+                format!("a connection from {from} is being opened"),
+                "try again in a moment",
+            )]));
+        }
+        let mut flows = BTreeSet::new();
+        for taken in &listening {
+            if tcp::info(taken.fd.as_fd()).map_err(taken.kernel())?.waiting == 0 {
+                continue;
+            }
+            let can_be_taken = self.callers.can_be_taken();
+            if !can_be_taken || self.callers.over_loopback(taken.is.port).map_err(taken.kernel())? {
+                return Err(LeaveError::Obstacles(vec![obstacle::descriptor(
                     taken.owner.0,
                     taken.owner.1,
                     "a listening socket",
-                    "connections wait in it that the program has not accepted yet",
-                    "try again when it has",
-                ));
+                    match can_be_taken {
+                        true => {
+                            "connections of this machine with itself wait in it that the program has not accepted yet"
+                        }
+                        false => {
+                            "connections wait in it that the program has not accepted yet, and this kernel cannot have them wait elsewhere"
+                        }
+                    },
+                    "try again when it has; `dunlin doctor` says what the kernel lacks",
+                )]));
             }
+            let at = (taken.key, (taken.host, taken.owner.1));
+            let news = self.callers.take(edge, by, at, taken.fd.as_fd());
+            flows.extend(news.map_err(taken.kernel())?);
         }
-        if let Some(owner) = owners.first().filter(|_| !ports.is_empty()) {
-            let rows = tcp_rows(owner.host).map_err(|source| LeaveError::Kernel {
-                pid: owner.pid,
-                number: -1,
-                source,
-            })?;
-            let mut opening = rows
-                .iter()
-                .filter(|row| row.state == State::SynReceived as u8 && ports.contains(&row.local.port()));
-            if let Some(row) = opening.next() {
-                obstacles.push(obstacle::obstacle(
-                    owner.pid,
-                    "network",
-                    format_args!("port {}", row.local.port()),
-                    format!("a connection from {} is being opened", row.remote),
-                    "try again in a moment",
-                ));
-            }
-        }
-        match obstacles.is_empty() {
-            true => Ok(()),
-            false => Err(LeaveError::Obstacles(obstacles)),
-        }
+        let failed = first.kernel();
+        self.hold_more(edge, by, flows)?;
+        self.callers.capture().map_err(failed)
     }
 
     /// Makes the sockets as they were. Their processes may run on after this.
-    pub fn put_back(&mut self) {
+    pub fn put_back(&mut self, edge: &Edge) {
+        self.callers.put_back(edge);
         for taken in std::mem::take(&mut self.taken) {
             if taken.in_repair
                 && let Err(error) = tcp::leave_repair(taken.fd.as_fd(), taken.reuse, taken.window)
@@ -392,7 +375,8 @@ impl Leaving {
     }
 
     /// The sockets are another node's now: what is left of them here goes, in silence, with the old process.
-    pub fn leave(&mut self) {
+    pub fn leave(&mut self, edge: &Edge) {
+        self.callers.leave(edge);
         self.taken.clear();
     }
 
@@ -407,155 +391,12 @@ impl Leaving {
     }
 }
 
-impl Taken {
-    fn kernel(&self) -> impl Fn(io::Error) -> LeaveError + use<> {
-        let (pid, number) = self.owner;
-        move |source| LeaveError::Kernel { pid, number, source }
-    }
-
-    fn enter_repair(&mut self) -> Result<(), LeaveError> {
-        let kernel = self.kernel();
-        if self.is.tcp && !self.is.listening {
-            tcp::enter_repair(self.fd.as_fd()).map_err(&kernel)?;
-            self.in_repair = true;
-            let info = tcp::info(self.fd.as_fd()).map_err(&kernel)?;
-            (self.state, self.segments) = (Some(info.state), info.segments_in);
-        }
-        Ok(())
-    }
-
-    /// Has anything come in since it was captured?
-    fn has_heard(&mut self) -> Result<bool, LeaveError> {
-        if !self.in_repair {
-            return Ok(false);
-        }
-        let kernel = self.kernel();
-        let info = tcp::info(self.fd.as_fd()).map_err(&kernel)?;
-        let heard = info.segments_in != self.segments || Some(info.state) != self.state;
-        (self.state, self.segments) = (Some(info.state), info.segments_in);
-        Ok(heard)
-    }
-
-    fn capture(&mut self, before: Option<&FrozenSocket>) -> Result<FrozenSocket, LeaveError> {
-        let kernel = self.kernel();
-        let state = self.state(before).map_err(&kernel)?;
-        let Some(state) = state else {
-            return Err(LeaveError::Obstacles(vec![obstacle::descriptor(
-                self.owner.0,
-                self.owner.1,
-                "a connection",
-                "it has failed, or got an urgent byte, and the program does not know yet",
-                "try again when it does",
-            )]));
-        };
-        let tcp::Buffers { send, receive, locked } = tcp::buffers(self.fd.as_fd()).map_err(&kernel)?;
-        Ok(FrozenSocket {
-            key: self.key,
-            flags: self.flags,
-            buffers: [send, receive, locked],
-            changed: self.changed.clone(),
-            state,
-        })
-    }
-
-    /// `None`: not now.
-    fn state(&mut self, before: Option<&FrozenSocket>) -> io::Result<Option<SocketState>> {
-        let fd = self.fd.as_fd();
-        let Some(state) = self.state else {
-            let waiting = udp::queue(fd, self.is.v6)?;
-            let datagram = |udp::Waiting { from, to, bytes }| image::Datagram { from, to, bytes };
-            return Ok(Some(SocketState::Datagrams(
-                waiting.into_iter().map(datagram).collect(),
-            )));
-        };
-        Ok(Some(match state {
-            State::Listening => SocketState::Listening {
-                backlog: tcp::info(fd)?.backlog,
-            },
-            State::SynSent => SocketState::Opening {
-                first: tcp::first_sequence(fd)?,
-            },
-            State::Closed => {
-                let ready = socket::readiness(fd)?;
-                if ready & socket::FAILED != 0 {
-                    return Ok(None);
-                }
-                match ready & socket::ENDED != 0 {
-                    true => SocketState::Over {
-                        received: tcp::unread(fd)?,
-                    },
-                    false => SocketState::Idle,
-                }
-            }
-            _ => {
-                let captured = match before.map(|before| &before.state) {
-                    Some(SocketState::Connected(before)) => tcp::capture_again(fd, &from_image(before)?),
-                    _ => tcp::capture(fd),
-                };
-                match captured {
-                    Ok(connection) => {
-                        self.window = Some(connection.window);
-                        SocketState::Connected(Box::new(to_image(connection)))
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                    Err(error) => return Err(error),
-                }
-            }
-        }))
-    }
-}
-
-/// Is there a connection at this listening socket that is being opened, or that nobody has accepted?
-fn has_callers(listening: &OwnedFd, host: i32, port: u16) -> bool {
-    let opening =
-        |row: &dunlin_sys::procfs::net::TcpRow| row.state == State::SynReceived as u8 && row.local.port() == port;
-    tcp::info(listening.as_fd()).is_ok_and(|info| info.waiting > 0)
-        || tcp_rows(host).is_ok_and(|rows| rows.iter().any(opening))
-}
-
-fn kernel(pid: Pid, number: i32) -> impl Fn(io::Error) -> LeaveError {
+pub(super) fn kernel(pid: Pid, number: i32) -> impl Fn(io::Error) -> LeaveError {
     move |source| LeaveError::Kernel { pid, number, source }
 }
 
-type Looked = Result<Look, Box<Obstacle>>;
-
-fn look_at(
-    (pid, host): (Pid, i32),
-    number: i32,
-    fd: &OwnedFd,
-    planned: Option<&Socket>,
-    inside: Option<Inside>,
-) -> Result<Looked, LeaveError> {
-    let failed = kernel(pid, number);
-    let looked = match planned {
-        Some(planned) => look::look_again(host, fd.as_fd(), planned, inside),
-        None => look::look(host, fd.as_fd(), inside),
-    };
-    let changed = match looked.map_err(&failed)? {
-        Some(Ok(socket)) => Some(socket),
-        Some(Err(reason)) => {
-            let refused = obstacle::descriptor(pid, number, "socket", &reason.why, reason.hint);
-            return Ok(Err(Box::new(refused)));
-        }
-        None => None,
-    };
-    let Some(now) = changed.as_ref().or(planned) else {
-        return Err(failed(io::ErrorKind::InvalidData.into()));
-    };
-    let is = Is::of(now);
-    let state = match is.tcp {
-        true => Some(tcp::info(fd.as_fd()).map_err(&failed)?.state),
-        false => None,
-    };
-    Ok(Ok(Look {
-        is,
-        reuse: tcp::reuses_address(fd.as_fd()).map_err(&failed)?,
-        state,
-        changed,
-    }))
-}
-
-fn to_image(c: tcp::Connection) -> image::Connection {
+/// What was captured, as it travels.
+pub(super) fn to_image(c: tcp::Connection) -> image::Connection {
     image::Connection {
         state: c.state as u8,
         receive_from: c.receive_from,

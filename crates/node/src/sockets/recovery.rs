@@ -6,12 +6,13 @@
 use super::arriving::Arriving;
 use crate::edge::Edge;
 use dunlin_proto::endpoint::Endpoint;
-use dunlin_proto::image::{Files, FrozenSocket, SocketOption};
+use dunlin_proto::image::{Caller, Files, FrozenSocket, SocketOption, SocketState};
 use dunlin_sys::foothold::take_descriptor;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::socket::{self, FAMILY_V4, FAMILY_V6, STREAM, options, tcp};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -22,6 +23,8 @@ pub struct KeptSocket {
     buffers: [u32; 3],
     options: Vec<SocketOption>,
     endpoints: Vec<Endpoint>,
+    /// Who waits at it.
+    callers: Vec<Caller>,
 }
 
 /// What is written down of a process's sockets, which have these descriptors.
@@ -33,11 +36,18 @@ pub fn kept(arriving: &Arriving, frozen: &[FrozenSocket], files: &Files) -> Vec<
         let made = arriving.socket(description.key);
         if let (Some(number), Some(new), Some(socket)) = (number, news.get(&description.key), made) {
             let late = |option: &&SocketOption| !options::is_early(&super::settable(std::slice::from_ref(option))[0]);
+            let callers = match &new.state {
+                SocketState::Listening { callers, .. } => callers.clone(),
+                _ => Vec::new(),
+            };
+            let mut endpoints = super::endpoints::of(socket);
+            endpoints.extend(super::endpoints::of_callers(callers.iter().map(|c| (c.from, c.to))));
             all.push(KeptSocket {
                 number: number.number,
                 buffers: new.buffers,
                 options: socket.options.iter().filter(late).cloned().collect(),
-                endpoints: super::endpoints::of(socket),
+                endpoints,
+                callers,
             });
         }
     }
@@ -58,6 +68,12 @@ pub fn speak(edge: &Edge, host: i32, kept: &[KeptSocket]) -> io::Result<()> {
         let fd = take_descriptor(host, socket.number)?;
         if is_in_repair(&fd) {
             tcp::finish(fd.as_fd(), &super::finish(socket.buffers, &socket.options))?;
+        }
+        if !socket.callers.is_empty() {
+            let network = File::open(format!("/proc/{host}/ns/net"))?;
+            let entrance = edge.entrance(network.as_fd())?.ok_or(io::ErrorKind::Unsupported)?;
+            let callers = socket.callers.iter().map(super::callers::portable);
+            entrance.go_on(fd.as_fd(), &callers.collect::<io::Result<Vec<_>>>()?)?;
         }
     }
     Ok(())

@@ -68,6 +68,8 @@ pub enum SocketState {
     Listening {
         /// How many may wait.
         backlog: u32,
+        /// Who does, in order.
+        callers: Vec<Caller>,
     },
     /// It is being connected.
     Opening {
@@ -111,6 +113,19 @@ pub struct Connection {
     pub timestamp: Option<u32>,
     /// shutdown(SHUT_RD), which the peer does not see.
     pub deaf: bool,
+}
+
+/// A connection that no program has accepted yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Caller {
+    /// Who calls.
+    pub from: SocketAddr,
+    /// Whom it has called.
+    pub to: SocketAddr,
+    /// What it is.
+    pub connection: Connection,
+    /// It was broken off by its peer.
+    pub reset: bool,
 }
 
 /// A datagram that waits.

@@ -2,7 +2,7 @@
 //!
 //! Owns the porter (bpf/porter.bpf.c), a program in the kernel which has the kernel take a segment of ours for the last one of a
 //! handshake, and the segments: that one, which brings all that both sides agreed on, then what the peer had sent. Refuses to know
-//! where connections come from; [`tcp::capture`](super::tcp::capture) reads them. Invariants: whoever does not know the
+//! where connections come from; [`tcp::capture`] reads them. Invariants: whoever does not know the
 //! porter's secret is not let in; putting in what is there already changes nothing.
 
 use super::tcp::{self, Connection, State};
@@ -127,6 +127,21 @@ impl Porter {
             tcp::set_buffers(listening, before)?;
         }
         done
+    }
+
+    /// The same, where it has been begun before: so many of them as wait there need not be let in again.
+    pub fn go_on(
+        &self,
+        listening: BorrowedFd<'_>,
+        callers: &[Caller],
+        deliver: &dyn Fn(&[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let there = callers.len().min(tcp::info(listening)?.waiting as usize);
+        let (there, rest) = callers.split_at(there);
+        if let Some(last) = there.last() {
+            last.say(deliver)?;
+        }
+        self.let_in(listening, rest, deliver)
     }
 
     /// The option that the porter knows: the secret, and what the kernel must know of the connection (in the form of its

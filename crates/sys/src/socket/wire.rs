@@ -48,7 +48,7 @@ impl Segment<'_> {
     /// As an IP packet with options: at most 40 bytes, a multiple of four.
     pub fn packet_with(&self, options: &[u8]) -> io::Result<Vec<u8>> {
         assert!(
-            options.len() <= 40 && options.len() % 4 == 0,
+            options.len() <= 40 && options.len().is_multiple_of(4),
             "options that no header has room for"
         );
         let mut body = Vec::with_capacity(20 + options.len() + self.bytes.len());

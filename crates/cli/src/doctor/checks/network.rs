@@ -3,6 +3,7 @@
 use super::{Need, useful};
 use crate::doctor::Row;
 use dunlin_sys::bpf::{self, Side};
+use dunlin_sys::socket::callers::Porter;
 use dunlin_sys::tap::Tap;
 use dunlin_sys::{links, namespace, steer};
 use std::io;
@@ -31,8 +32,14 @@ pub fn all() -> Vec<Row> {
         WITHOUT,
         "a kernel with CONFIG_BPF_SYSCALL, CONFIG_BPF_JIT and CONFIG_NET_XGRESS, and CAP_BPF and CAP_NET_ADMIN",
     );
-    let rows = |needs: [Need; 3]| {
-        let attempts: [fn() -> io::Result<()>; 3] = [try_tap, try_veth, try_steering];
+    let porter = useful(
+        "unaccepted callers",
+        "connections that a program has not accepted move with its listening socket (bpf_sk_assign_tcp_reqsk)",
+        "a program that has callers it does not accept is moved when it has accepted them",
+        "Linux 6.9 or later with CONFIG_DEBUG_INFO_BTF and CONFIG_SYN_COOKIES; sysctl net.ipv4.tcp_syncookies=1",
+    );
+    let rows = |needs: [Need; 4]| {
+        let attempts: [fn() -> io::Result<()>; 4] = [try_tap, try_veth, try_steering, try_porter];
         let rows = needs.iter().zip(attempts).map(|(need, attempt)| {
             let space = namespace::new_network();
             let tried = space.and_then(|space| namespace::in_network(space.as_fd(), attempt));
@@ -40,7 +47,7 @@ pub fn all() -> Vec<Row> {
         });
         rows.collect()
     };
-    rows([tap, veth, steering])
+    rows([tap, veth, steering, porter])
 }
 
 fn try_tap() -> io::Result<()> {
@@ -65,4 +72,10 @@ fn try_steering() -> io::Result<()> {
     let devices = links::devices()?;
     let lo = devices.iter().find(|d| d.name == "lo").ok_or(io::ErrorKind::NotFound)?;
     bpf::attach(programs.link_in.as_fd(), lo.index, Side::Ingress).map(drop)
+}
+
+fn try_porter() -> io::Result<()> {
+    let devices = links::devices()?;
+    let lo = devices.iter().find(|d| d.name == "lo").ok_or(io::ErrorKind::NotFound)?;
+    Porter::load()?.watch(&[lo.index]).map(drop)
 }
