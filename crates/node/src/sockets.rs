@@ -22,7 +22,7 @@ pub mod recovery;
 mod taken;
 
 use dunlin_proto::image::{self, Socket};
-use dunlin_sys::socket::options::SocketOption;
+use dunlin_sys::socket::options::{self, SocketOption};
 use dunlin_sys::socket::tcp::{Buffers, Finish};
 use dunlin_sys::socket::{self, What};
 use std::net::IpAddr;
@@ -45,24 +45,35 @@ fn is_loopback(address: IpAddr) -> bool {
     address.to_canonical().is_loopback()
 }
 
-fn portable(options: Vec<SocketOption>) -> Vec<image::SocketOption> {
-    let one = |SocketOption { level, name, value }| image::SocketOption { level, name, value };
-    options.into_iter().map(one).collect()
+fn portable(options: &[SocketOption]) -> Vec<image::SocketOption> {
+    let one = |option: &SocketOption| image::SocketOption {
+        level: option.level,
+        name: option.name,
+        value: image::OptionValue::new(&option.value).expect("no option that is read is longer"),
+    };
+    options.iter().map(one).collect()
 }
 
-fn settable(options: &[image::SocketOption]) -> Vec<SocketOption> {
+fn settable<'a>(options: impl IntoIterator<Item = &'a image::SocketOption>) -> Vec<SocketOption> {
     let one = |option: &image::SocketOption| SocketOption {
         level: option.level,
         name: option.name,
-        value: option.value.clone(),
+        value: option.value.to_vec(),
     };
-    options.iter().map(one).collect()
+    options.into_iter().map(one).collect()
+}
+
+/// Those that a socket gets when it is what it will be.
+fn late(options: &[image::SocketOption]) -> impl Iterator<Item = &image::SocketOption> {
+    options
+        .iter()
+        .filter(|option| options::is_late(option.level, option.name))
 }
 
 fn finish(buffers: [u32; 3], options: &[image::SocketOption]) -> Finish {
     let [send, receive, locked] = buffers;
     Finish {
         buffers: Buffers { send, receive, locked },
-        options: settable(options),
+        options: settable(late(options)),
     }
 }

@@ -23,6 +23,7 @@ use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{self, Description, DescriptionKind, Descriptor, FileLock, Files};
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::{FdInfo, Lock, LockKind};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 
@@ -50,11 +51,12 @@ pub fn read(
     let mut files = Files::default();
     let dir = ProcDir::process(owner.host);
     let mut sets = Vec::new();
+    let mut known = BTreeMap::new();
     for glimpse in glimpses {
         let key = met.key(owner.host, glimpse)?;
         let look = owner.look(&dir, glimpse);
-        let index = match files.descriptions.iter().position(|d| d.key == key) {
-            Some(index) => index,
+        let index = match known.get(&key) {
+            Some(index) => *index,
             None => {
                 let kind = match before.and_then(|(glimpses, files)| unchanged(glimpse, glimpses, files)) {
                     Some(kind) => Ok(kind.clone()),
@@ -82,6 +84,7 @@ pub fn read(
                     }
                 }
                 let index = files.descriptions.len() - 1;
+                known.insert(key, index);
                 if matches!(files.descriptions[index].kind, DescriptionKind::Epoll { .. }) {
                     sets.push((index, glimpse));
                 }

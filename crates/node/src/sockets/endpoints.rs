@@ -75,7 +75,7 @@ mod tests {
         both.options.push(SocketOption {
             level: 41,
             name: 26,
-            value: vec![1, 0, 0, 0],
+            value: dunlin_proto::image::OptionValue::new(&[1, 0, 0, 0]).unwrap(),
         });
         assert_eq!(names(&both), ["tcp6 port 80"]);
         assert_eq!(names(&socket(DATAGRAM, "0.0.0.0:53")), ["udp port 53"]);

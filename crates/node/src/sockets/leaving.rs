@@ -63,18 +63,13 @@ impl<'a> Owner<'a> {
     /// Its sockets: key, a number, flags, and what was seen of it.
     pub fn sockets(self) -> impl Iterator<Item = (u64, i32, u32, &'a Socket)> {
         let files = self.files;
-        files
-            .descriptions
-            .iter()
-            .enumerate()
-            .filter_map(move |(index, description)| {
-                let DescriptionKind::Socket(socket) = &description.kind else {
-                    return None;
-                };
-                let mut table = files.table.iter();
-                let number = table.find(|d| d.description as usize == index)?.number;
-                Some((description.key, number, description.flags, &**socket))
-            })
+        let numbered = files.descriptions.iter().zip(files.numbers());
+        numbered.filter_map(|(description, number)| {
+            let DescriptionKind::Socket(socket) = &description.kind else {
+                return None;
+            };
+            Some((description.key, number?, description.flags, &**socket))
+        })
     }
 }
 

@@ -85,7 +85,7 @@ pub fn look(host: i32, fd: BorrowedFd<'_>, inside: Option<Inside>) -> io::Result
         local,
         remote,
         listening: state == Some(State::Listening),
-        options: portable(options::read(fd, what, connected)),
+        options: portable(&options::read(fd, what, connected)),
     })))
 }
 
@@ -102,7 +102,7 @@ pub fn look_again(
         (true, None) if seen.listening => tcp::info(fd)?.state == State::Listening,
         _ => false,
     };
-    let options = || seen.options.iter().map(|o| (o.level, o.name, &o.value));
+    let options = || seen.options.iter().map(|o| (o.level, o.name, o.value));
     if still && !socket::is_filtered(fd) && options::are(fd, options()) {
         return Ok(None);
     }

@@ -9,7 +9,7 @@ use dunlin_proto::endpoint::Endpoint;
 use dunlin_proto::image::{Caller, Files, FrozenSocket, SocketOption, SocketState};
 use dunlin_sys::foothold::take_descriptor;
 use dunlin_sys::procfs::ProcDir;
-use dunlin_sys::socket::{self, FAMILY_V4, FAMILY_V6, STREAM, options, tcp};
+use dunlin_sys::socket::{self, FAMILY_V4, FAMILY_V6, STREAM, tcp};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -31,11 +31,9 @@ pub struct KeptSocket {
 pub fn kept(arriving: &Arriving, frozen: &[FrozenSocket], files: &Files) -> Vec<KeptSocket> {
     let news: BTreeMap<u64, &FrozenSocket> = frozen.iter().map(|new| (new.key, new)).collect();
     let mut all = Vec::new();
-    for (index, description) in files.descriptions.iter().enumerate() {
-        let number = files.table.iter().find(|d| d.description as usize == index);
+    for (description, number) in files.descriptions.iter().zip(files.numbers()) {
         let made = arriving.socket(description.key);
         if let (Some(number), Some(new), Some(socket)) = (number, news.get(&description.key), made) {
-            let late = |option: &&SocketOption| !options::is_early(&super::settable(std::slice::from_ref(option))[0]);
             let callers = match &new.state {
                 SocketState::Listening { callers, .. } => callers.clone(),
                 _ => Vec::new(),
@@ -43,9 +41,9 @@ pub fn kept(arriving: &Arriving, frozen: &[FrozenSocket], files: &Files) -> Vec<
             let mut endpoints = super::endpoints::of(socket);
             endpoints.extend(super::endpoints::of_callers(callers.iter().map(|c| (c.from, c.to))));
             all.push(KeptSocket {
-                number: number.number,
+                number,
                 buffers: new.buffers,
-                options: socket.options.iter().filter(late).cloned().collect(),
+                options: super::late(&socket.options).cloned().collect(),
                 endpoints,
                 callers,
             });

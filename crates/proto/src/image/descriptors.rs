@@ -17,6 +17,17 @@ pub struct Files {
 }
 
 impl Files {
+    /// Of each description, the first number that stands for it.
+    pub fn numbers(&self) -> Vec<Option<i32>> {
+        let mut numbers = vec![None; self.descriptions.len()];
+        for descriptor in &self.table {
+            if let Some(number) = numbers.get_mut(descriptor.description as usize) {
+                number.get_or_insert(descriptor.number);
+            }
+        }
+        numbers
+    }
+
     /// The standard streams of runs among them.
     pub fn streams(&self) -> Vec<(RunId, u8)> {
         let stream = |description: &Description| match description.kind {

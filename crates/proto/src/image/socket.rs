@@ -3,7 +3,9 @@
 //! Owns their portable form: what can be made before the freeze, and what is known inside it only. Refuses to know how
 //! any of it is read or set. Numbers are those of Linux.
 
-use serde::{Deserialize, Serialize};
+use serde::de::{Error, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 /// A socket, as far as it does not change of itself.
@@ -35,7 +37,71 @@ pub struct SocketOption {
     /// The option.
     pub name: i32,
     /// Its bytes.
-    pub value: Vec<u8>,
+    pub value: OptionValue,
+}
+
+/// The bytes of an option's value. In place, for there are dozens of each socket.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct OptionValue {
+    length: u8,
+    bytes: [u8; OptionValue::MAX],
+}
+
+impl OptionValue {
+    /// No value is longer.
+    pub const MAX: usize = 16;
+
+    /// `None`: it is too long.
+    pub fn new(value: &[u8]) -> Option<OptionValue> {
+        let mut bytes = [0; OptionValue::MAX];
+        bytes.get_mut(..value.len())?.copy_from_slice(value);
+        let length = value.len() as u8;
+        Some(OptionValue { length, bytes })
+    }
+}
+
+impl std::ops::Deref for OptionValue {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.length)]
+    }
+}
+
+impl AsRef<[u8]> for OptionValue {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+impl fmt::Debug for OptionValue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        (**self).fmt(f)
+    }
+}
+
+impl Serialize for OptionValue {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for OptionValue {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<OptionValue, D::Error> {
+        struct Value;
+        impl Visitor<'_> for Value {
+            type Value = OptionValue;
+
+            fn expecting(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+                to.write_str("a few bytes")
+            }
+
+            fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<OptionValue, E> {
+                OptionValue::new(bytes).ok_or_else(|| E::invalid_length(bytes.len(), &self))
+            }
+        }
+        deserializer.deserialize_bytes(Value)
+    }
 }
 
 /// A socket inside the freeze.
@@ -138,4 +204,20 @@ pub struct Datagram {
     /// Its bytes.
     #[serde(with = "crate::bytes")]
     pub bytes: Vec<u8>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_is_read_as_it_was_written_and_one_that_is_too_long_is_not() {
+        let value = OptionValue::new(&[1, 2, 3]).unwrap();
+        let written = postcard::to_stdvec(&value).unwrap();
+        assert_eq!(written, [3, 1, 2, 3]);
+        assert_eq!(postcard::from_bytes::<OptionValue>(&written).unwrap(), value);
+        let long = postcard::to_stdvec(&vec![7u8; OptionValue::MAX + 1]).unwrap();
+        assert!(postcard::from_bytes::<OptionValue>(&long).is_err());
+        assert_eq!(OptionValue::new(&[0; OptionValue::MAX + 1]), None);
+    }
 }

@@ -297,8 +297,15 @@ fn set_all(socket: BorrowedFd<'_>, options: &[SocketOption], when: When) -> io::
     Ok(())
 }
 
+/// Is it one of those that must wait until the socket is what it will be?
+pub fn is_late(level: i32, name: i32) -> bool {
+    // They are the last of the table.
+    let late = KNOWN.iter().rev().take_while(|known| known.when == When::Late);
+    late.into_iter().any(|known| known.level == level && known.name == name)
+}
+
 /// Is it one of those that a new socket can have?
-pub fn is_early(option: &SocketOption) -> bool {
+fn is_early(option: &SocketOption) -> bool {
     let known = KNOWN.iter().find(|k| k.level == option.level && k.name == option.name);
     known.is_some_and(|known| known.when == When::Early)
 }
