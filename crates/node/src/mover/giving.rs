@@ -14,7 +14,7 @@ use crate::capture::freeze::Frozen;
 use crate::capture::{CaptureError, Source, Surroundings, demanded};
 use crate::page_server::NewImage;
 use crate::pager::{Journal, NewSpace, Withdrawn};
-use crate::sockets::leaving::{EarlyLooks, LeaveError, Owner, look_early};
+use crate::sockets::leaving::{EarlyLook, LeaveError, Owner};
 use crate::steps;
 use dunlin_cluster::relocation::source::SourceEvent;
 use dunlin_proto::control::{FailureKind, MoveMode};
@@ -137,15 +137,17 @@ impl Outgoing<'_> {
             }
             Ok(())
         };
-        let (all, early) = std::thread::scope(|scope| match planned.is_empty() {
-            true => (capture_all(), EarlyLooks::default()),
-            false => {
-                let early = scope.spawn(|| look_early(&mover.edge, &planned));
-                let all = capture_all();
-                let early = early.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                (all, early)
+        let early = EarlyLook::at(&mover.edge, &planned);
+        let all = std::thread::scope(|scope| {
+            let other = (!planned.is_empty()).then(|| scope.spawn(|| early.help()));
+            let all = capture_all();
+            early.help();
+            if let Some(Err(panic)) = other.map(std::thread::ScopedJoinHandle::join) {
+                std::panic::resume_unwind(panic);
             }
+            all
         });
+        let early = early.end();
         self.frozen = frozen_all;
         all?;
         members.reverse();

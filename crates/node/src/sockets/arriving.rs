@@ -22,6 +22,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
+/// So many are steered faster than a thread is made.
+const FEW: usize = 64;
+
 /// One socket could not be made as it was.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}: {source}; hint: `ss -anp` in the nest (`dunlin run -- ss -anp`) shows who has its port")]
@@ -234,30 +237,35 @@ impl Arriving {
 
     /// The move is decided: their packets come here, and they go on. [`Arriving::let_go`] must follow soon.
     pub fn speak(&mut self, edge: &Edge) {
-        let started = std::time::Instant::now();
         let endpoints = self.endpoints();
-        if !endpoints.is_empty()
-            && let Err(error) = edge.arrive(&endpoints)
-        {
-            tracing::error!(%error, "packets for sockets that came may not find them");
-        }
-        let steered = started.elapsed();
         let mut all: Vec<(u64, Made)> = std::mem::take(&mut self.made).into_iter().collect();
         let entrance = self.ways.as_ref().and_then(|ways| ways.entrance.as_ref());
-        let spoken = in_two(&mut all, |part| -> Result<(), std::convert::Infallible> {
+        let speak = |part: &mut [(u64, Made)]| -> Result<(), std::convert::Infallible> {
             for (key, made) in part {
                 if let Err(error) = made.speak(entrance) {
                     tracing::error!(key, %error, "a socket that came does not go on as it should");
                 }
             }
             Ok(())
+        };
+        // At the same time: what is said to one that speaks already waits where it was, until it is handed over.
+        std::thread::scope(|scope| {
+            let steer = || {
+                if let Err(error) = edge.arrive(&endpoints) {
+                    tracing::error!(%error, "packets for sockets that came may not find them");
+                }
+            };
+            let steered = match endpoints.len() {
+                0 => None,
+                few if few < FEW => {
+                    steer();
+                    None
+                }
+                _ => Some(scope.spawn(steer)),
+            };
+            let Ok(_) = in_two(&mut all, speak);
+            steered.map(|steered| steered.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
         });
-        let Ok(_) = spoken;
-        tracing::debug!(
-            steer_us = steered.as_micros(),
-            speak_us = (started.elapsed() - steered).as_micros(),
-            "sockets speak"
-        );
         self.spoken = all;
     }
 

@@ -19,6 +19,8 @@ use dunlin_sys::socket::tcp::{self, State};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// So long a program has time to accept who has called when it is about to be stopped; it is looked how far it is so often.
@@ -88,26 +90,58 @@ pub struct Leaving {
 #[derive(Default)]
 pub struct EarlyLooks(BTreeMap<u64, (i32, i32, OwnedFd, Looked)>);
 
-/// Looks at planned sockets of processes that have stopped (key, host number, descriptor, what was planned), while others
-/// look at the rest of these. What cannot be looked at is left for [`Leaving::capture`].
-pub fn look_early(edge: &Edge, planned: &[(u64, Pid, i32, i32, Socket)]) -> EarlyLooks {
-    let mut found = BTreeMap::new();
-    let mut table: Option<(i32, Table)> = None;
-    for (key, pid, host, number, socket) in planned {
-        if found.contains_key(key) {
-            continue;
-        }
-        if table.as_ref().is_none_or(|(of, _)| of != host) {
-            table = Table::of(*host).ok().map(|table| (*host, table));
-        }
-        let Some(fd) = table.as_ref().and_then(|(_, table)| table.take(*number).ok()) else {
-            continue;
-        };
-        if let Ok(looked) = look_at((*pid, *host), *number, &fd, Some(socket), edge.inside()) {
-            found.insert(*key, (*host, *number, fd, looked));
+/// The looks at planned sockets (key, host number, descriptor, what was planned) of processes that have stopped: by whoever has time
+/// for some of them. What cannot be looked at is left for [`Leaving::capture`].
+pub struct EarlyLook<'a> {
+    edge: &'a Edge,
+    planned: Vec<&'a (u64, Pid, i32, i32, Socket)>,
+    /// The first that nobody has begun with.
+    next: AtomicUsize,
+    found: Mutex<EarlyLooks>,
+}
+
+impl<'a> EarlyLook<'a> {
+    /// Nobody has begun.
+    pub fn at(edge: &'a Edge, planned: &'a [(u64, Pid, i32, i32, Socket)]) -> EarlyLook<'a> {
+        let mut met = BTreeSet::new();
+        EarlyLook {
+            edge,
+            planned: planned.iter().filter(|(key, ..)| met.insert(*key)).collect(),
+            next: AtomicUsize::new(0),
+            found: Mutex::default(),
         }
     }
-    EarlyLooks(found)
+
+    /// Looks, beside whoever else does, until nothing is left to begin with.
+    pub fn help(&self) {
+        const AT_ONCE: usize = 16;
+        let mut found = Vec::new();
+        let mut table: Option<(i32, Table)> = None;
+        loop {
+            let from = self.next.fetch_add(AT_ONCE, Ordering::Relaxed);
+            let Some(some) = self.planned.get(from..).filter(|rest| !rest.is_empty()) else {
+                break;
+            };
+            for (key, pid, host, number, socket) in some.iter().take(AT_ONCE) {
+                if table.as_ref().is_none_or(|(of, _)| of != host) {
+                    table = Table::of(*host).ok().map(|table| (*host, table));
+                }
+                let Some(fd) = table.as_ref().and_then(|(_, table)| table.take(*number).ok()) else {
+                    continue;
+                };
+                if let Ok(looked) = look_at((*pid, *host), *number, &fd, Some(socket), self.edge.inside()) {
+                    found.push((*key, (*host, *number, fd, looked)));
+                }
+            }
+        }
+        let mut all = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        all.0.extend(found);
+    }
+
+    /// What was seen.
+    pub fn end(self) -> EarlyLooks {
+        self.found.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Leaving {

@@ -246,10 +246,12 @@ pub fn read(socket: BorrowedFd<'_>, what: What, connected: bool) -> Vec<SocketOp
 /// Whether all of these, as they were [read], are still so.
 pub fn are(socket: BorrowedFd<'_>, options: impl Iterator<Item = (i32, i32, impl AsRef<[u8]>)>) -> bool {
     let mut now = [0; MAX_VALUE];
+    let mut in_order = KNOWN.iter();
     options.into_iter().all(|(level, name, value)| {
         let value = value.as_ref();
-        // As much room as it had when it was read.
-        let known = KNOWN.iter().find(|k| k.level == level && k.name == name);
+        // They come in the order of the table; as much room as it had when it was read.
+        let is = |known: &&Known| known.level == level && known.name == name;
+        let known = in_order.find(is).or_else(|| KNOWN.iter().find(is));
         let room = known.map_or(value.len(), |known| known.bytes);
         get(socket, level, name, &mut now[..room]).is_ok_and(|length| now[..length] == *value)
     })
