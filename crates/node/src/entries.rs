@@ -44,6 +44,8 @@ const INIT: Pid = Pid(1);
 /// No move that prepares goes on longer than this.
 const LONGEST_MOVE: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(2);
+/// Tasks that are being ended have been reaped by then.
+const FREE_WITHIN: Duration = Duration::from_millis(500);
 
 /// The surrogates of one nest.
 pub struct Entries {
@@ -88,7 +90,7 @@ impl Entries {
             };
         }
         self.hidden.insert(lineage.pid, HiddenKind::Blank);
-        let made = self.make_blank(lineage);
+        let made = once_free(|| self.make_blank(lineage));
         if made.is_err() {
             self.hidden.remove(lineage.pid);
         }
@@ -496,6 +498,20 @@ impl Entries {
             self.hidden.insert(pid, HiddenKind::Leaving);
             let _ = self.nest.unregister_surrogate(pid);
             let _ = rustix::process::kill_process(host, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+/// A number is in use until the last task that has it as its group's or session's is reaped: those are waited for that are being
+/// ended, as after an attempt that came to nothing.
+fn once_free<T>(make: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    let deadline = Instant::now() + FREE_WITHIN;
+    loop {
+        match make() {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            done => return done,
         }
     }
 }

@@ -319,7 +319,7 @@ pub fn candidates(name: &CStr, path: &[u8]) -> Vec<CString> {
 
 /// pidfd_open with the cookie. `thread`: a thread that leads no process may be meant (Linux 6.9).
 ///
-/// ESRCH says that the kernel knows no task, process group or session of that number, which is more than kill(2) says.
+/// ESRCH says that the kernel knows no task of that number.
 pub fn pidfd_open(pid: i32, thread: bool, cookie: u64) -> io::Result<OwnedFd> {
     let flags = if thread { libc::PIDFD_THREAD } else { 0 };
     // SAFETY: a system call without pointers.
@@ -331,12 +331,13 @@ pub fn pidfd_open(pid: i32, thread: bool, cookie: u64) -> io::Result<OwnedFd> {
     }
 }
 
-/// Does the kernel know this number in the caller's namespace, be it as process, thread, process group or session?
+/// Does the kernel know this number in the caller's namespace, be it as process, thread or process group? Linux 6.18 does
+/// not tell of a session of which no group has the number: then a task that is to have it gets another.
 pub fn pid_is_known(pid: i32, cookie: u64) -> bool {
-    match pidfd_open(pid, false, cookie) {
-        Ok(_) => true,
-        Err(e) => e.raw_os_error() != Some(libc::ESRCH),
-    }
+    let is_absent = |done: io::Result<()>| done.is_err_and(|e| e.raw_os_error() == Some(libc::ESRCH));
+    // -1 is everybody.
+    let is_group = || pid > 1 && !is_absent(kill(-pid, 0, cookie));
+    !is_absent(pidfd_open(pid, false, cookie).map(drop)) || is_group()
 }
 
 /// kill with the cookie.
@@ -372,6 +373,7 @@ pub fn above_stdio(fd: impl AsFd) -> io::Result<OwnedFd> {
 mod tests {
     use super::*;
     use std::io::Read;
+    use std::os::unix::process::CommandExt;
 
     fn strings(list: &[&str]) -> Vec<CString> {
         list.iter().map(|s| CString::new(*s).unwrap()).collect()
@@ -511,5 +513,13 @@ mod tests {
             tid
         });
         tid.join().unwrap();
+        // A leader that has ended and is waited for leaves its number to its group.
+        let mut leader = std::process::Command::new("sh");
+        let leader = leader.args(["-c", "sleep 1000 >&- & echo $!"]).process_group(0);
+        let leader = leader.stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let number = leader.id() as i32;
+        let member = String::from_utf8(leader.wait_with_output().unwrap().stdout).unwrap();
+        assert!(pid_is_known(number, 0));
+        kill(member.trim().parse().unwrap(), 9, 0).unwrap();
     }
 }

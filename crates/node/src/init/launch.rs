@@ -129,6 +129,11 @@ fn start(
         Ok((Pid(started.pid), started))
     });
     let (got, started): (Pid, Started) = made.map_err(|e| (None, e))?;
+    if pid.is_some_and(|wanted| wanted != got) {
+        let _ = spawn::kill(got.0, 9, cookie);
+        let _ = rustix::process::waitpid(rustix::process::Pid::from_raw(got.0), WaitOptions::empty());
+        return Err((None, Errno::EXIST.into()));
+    }
     match started.executed() {
         Ok(()) => Ok(got),
         Err((step, error)) => {

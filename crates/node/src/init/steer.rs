@@ -146,7 +146,8 @@ impl Steering {
         }
     }
 
-    /// Init makes a task: `make` must call clone and return the PID it got. `pid`: this number instead of the next.
+    /// Init makes a task: `make` must call clone and return the PID it got. `pid`: this number instead of the next; if it
+    /// is in use after all, as that of a session, the task comes out with another.
     pub fn make<T>(&self, pid: Option<Pid>, make: impl FnOnce() -> io::Result<(Pid, T)>) -> io::Result<(Pid, T)> {
         let mut state = self.turn()?;
         let wanted = match pid {
@@ -157,7 +158,9 @@ impl Steering {
         match make() {
             Ok((got, made)) => {
                 if got != wanted {
-                    super::complain(format_args!("BUG: a task of init was to be {wanted} and is {got}"));
+                    if pid.is_none() {
+                        super::complain(format_args!("BUG: a task of init was to be {wanted} and is {got}"));
+                    }
                     state.allotment.occupy(got);
                 }
                 Ok((got, made))

@@ -7,6 +7,7 @@
 use super::arrivals::Arrival;
 use super::incoming::{Incoming, Placed};
 use super::lock;
+use super::party::children_of;
 use super::payload::FrozenProcess;
 use super::records::{ArrivalRecord, KeptPlace};
 use crate::pager::SpaceHandle;
@@ -183,6 +184,10 @@ impl Incoming {
             if !place.stood_before {
                 // Its end is nobody's: the surrogate of its parent will tell of it.
                 self.mover.hidden.insert(pid, HiddenKind::Leaving);
+                // What was made under it stands for children of a process that is not here; it would keep the number in use.
+                for (child, _) in children_of(place.host) {
+                    self.mover.entries.discard(child);
+                }
                 if let Some(host) = rustix::process::Pid::from_raw(place.host) {
                     let _ = rustix::process::kill_process(host, rustix::process::Signal::KILL);
                 }

@@ -12,6 +12,10 @@ pub const TESTS: &[Test] = &[
         stops_and_deaths_of_surrogates_are_noticed,
     ),
     ("surrogates_are_placed_where_asked", surrogates_are_placed_where_asked),
+    (
+        "a_number_is_not_given_out_while_a_group_has_it",
+        a_number_is_not_given_out_while_a_group_has_it,
+    ),
     ("reports_wait_for_a_daemon", reports_wait_for_a_daemon),
     (
         "a_program_becomes_a_surrogate_and_reaps",
@@ -128,6 +132,33 @@ fn surrogates_are_placed_where_asked() {
         ..in_group(Pid(FOREIGN.0 + 192))
     };
     assert!(f.nest().make_surrogate(absent).is_err());
+}
+
+fn a_number_is_not_given_out_while_a_group_has_it() {
+    let mut f = Fixture::new();
+    let member = Pid(FOREIGN.0 + 64);
+    let in_group = |pid: Pid| SurrogateSpec {
+        session: false,
+        group: Some(FOREIGN),
+        ..spec(pid)
+    };
+    f.nest().make_surrogate(in_group(FOREIGN)).unwrap();
+    f.nest().make_surrogate(in_group(member)).unwrap();
+    let end = |f: &mut Fixture, pid: Pid| {
+        let host = f.nest().host_pid(pid).unwrap().unwrap();
+        rustix::process::kill_process(
+            rustix::process::Pid::from_raw(host).unwrap(),
+            rustix::process::Signal::KILL,
+        )
+        .unwrap();
+        f.wait_for(|e| *e == NestEvent::SurrogateGone { pid });
+    };
+    end(&mut f, FOREIGN);
+    let error = f.nest().make_surrogate(spec(FOREIGN)).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::AlreadyExists, "{error}");
+    assert_eq!(f.sh("ps -o comm= -C the-name"), "the-name\n", "the member alone");
+    end(&mut f, member);
+    f.nest().make_surrogate(spec(FOREIGN)).unwrap();
 }
 
 fn reports_wait_for_a_daemon() {
