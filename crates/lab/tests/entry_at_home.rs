@@ -129,20 +129,28 @@ fn what_a_parent_did_to_its_child_elsewhere_last_is_what_holds() {
     let mut family = Family::start("last-holds");
     let pid = family.child.pid;
     family.lab.move_process(pid, "n2");
-    // Faster than surrogates are looked at, and than what the child does there is told here.
-    let again = |ms: usize| {
+    let answers = family.workshop.path("child.answers");
+    // Stopped again at once, or as soon as it has run there: faster than surrogates are looked at, and than what the child
+    // does there is told here.
+    let again = |answered: usize| {
         format!(
-            "(os.kill({pid}, 18), os.waitpid({pid}, os.WCONTINUED)[1], time.sleep({ms} / 1000), \
+            "(os.kill({pid}, 18), os.waitpid({pid}, os.WCONTINUED)[1], \
+             all(iter(lambda: len(open({answers:?}).readlines()) < {answered}, False)), \
              os.kill({pid}, 19), os.waitpid({pid}, os.WUNTRACED)[1])[1::3] == (0xffff, 0x137f)"
         )
     };
     let more = format!("os.waitpid({pid}, os.WUNTRACED | os.WCONTINUED | os.WNOHANG)");
-    for ms in [0, 1, 2, 4, 8, 16] {
+    for runs in [false, true, false, true] {
         family.parent.ask(&format!("os.kill({pid}, signal.SIGSTOP)"));
         assert_eq!(family.waited("os.WUNTRACED"), "[True, ('stopped', 19)]");
         for _ in 0..3 {
             family.state_of_child('T');
-            assert_eq!(family.parent.ask(&again(ms)), "True");
+            let answered = std::fs::read_to_string(&answers).unwrap().lines().count();
+            if runs {
+                family.child.tell("2 + 2");
+            }
+            let order = again(answered + usize::from(runs));
+            assert_eq!(family.parent.ask(&order), "True", "it is to run meanwhile: {runs}");
         }
         family.state_of_child('T');
         assert_eq!(family.parent.ask(&more), "(0, 0)", "while it is stopped");

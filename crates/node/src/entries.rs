@@ -137,8 +137,15 @@ impl Entries {
     }
 
     /// Turns a place whose restore came to nothing, at whatever step, into the surrogate that it had been. It is stopped,
-    /// and traced by this thread.
+    /// and traced by this thread; or it has ended, with the process at its home, or been killed: then nothing is to be done.
     pub fn stand_again(&self, pid: Pid, host: i32, comm: &[u8]) -> io::Result<()> {
+        let done = self.stand(pid, host, comm);
+        let stat = ProcDir::process(host).stat();
+        let has_ended = stat.map_or(true, |stat| matches!(stat.state, 'Z' | 'X'));
+        done.or_else(|error| if has_ended { Ok(()) } else { Err(error) })
+    }
+
+    fn stand(&self, pid: Pid, host: i32, comm: &[u8]) -> io::Result<()> {
         let dir = ProcDir::process(host);
         let at = syscall_instruction(&dir).map_err(other)?;
         let mappings = maps::parse(&dir.bytes("maps")?)?;

@@ -12,7 +12,7 @@ use super::payload::FrozenProcess;
 use super::records::{ArrivalRecord, KeptPlace};
 use crate::pager::SpaceHandle;
 use crate::processes::{HiddenKind, Resident};
-use crate::restore::Common;
+use crate::restore::{Common, RestoreError};
 use crate::steps;
 use dunlin_proto::control::Side;
 use dunlin_proto::ids::{ImageId, MoveId, RunId, Slot};
@@ -41,8 +41,11 @@ impl Incoming {
         let blanks = std::mem::take(&mut self.blanks);
         for (blank, process) in blanks.into_iter().zip(&self.frozen) {
             let pid = blank.pid;
-            if let Err(error) = blank.resume(&process.essence) {
-                tracing::error!(%pid, %error, "a granted process could not be resumed");
+            match blank.resume(&process.essence) {
+                Ok(_) => {}
+                // Somebody has killed it: its end is told as any other.
+                Err(RestoreError::Died(_)) => tracing::debug!(%pid, "a granted process has ended before it ran"),
+                Err(error) => tracing::error!(%pid, %error, "a granted process could not be resumed"),
             }
         }
         let resumed = Instant::now();

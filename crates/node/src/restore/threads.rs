@@ -13,7 +13,7 @@ use dunlin_proto::image::{Essence, Sleep, ThreadImage};
 use dunlin_sys::batch::Batch;
 use dunlin_sys::inspect;
 use dunlin_sys::procfs::ProcDir;
-use dunlin_sys::ptrace::Stopped;
+use dunlin_sys::ptrace::{Stopped, TraceError};
 use dunlin_sys::refuge::Others;
 use dunlin_sys::script::{Held, Script};
 use std::os::unix::fs::FileExt;
@@ -318,7 +318,11 @@ pub fn resume(blank: &Blank, essence: &Essence) -> Result<(), RestoreError> {
     }
     leader.detach(0).during(pid, "letting it run")?;
     for host in hosts {
-        Stopped::assume(host).detach(0).during(pid, "letting it run")?;
+        match Stopped::assume(host).detach(0) {
+            // The program runs, and may have ended already.
+            Err(TraceError::Gone { .. }) => {}
+            done => done.during(pid, "letting it run")?,
+        }
     }
     steps::mark("letting it run");
     Ok(())
