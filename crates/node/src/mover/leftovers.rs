@@ -11,6 +11,7 @@ use crate::capture::held::{Abandoned, fetch_from_refuge, stop_all};
 use crate::processes::HiddenKind;
 use crate::signals::orders::is_stopped;
 use dunlin_proto::ids::Pid;
+use dunlin_sys::inspect::{self, Sharing};
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::surrogate;
 use std::collections::BTreeSet;
@@ -122,7 +123,9 @@ impl Mover {
             let in_loop = || Abandoned::find(pid, host).is_ok_and(|found| found.is_some_and(|found| found.waits()));
             if surrogate::is_one(host) && !in_loop() {
                 let home = self.modulus().home(pid) == Some(self.here);
-                let kind = if home {
+                let kind = if is_unborn(host) {
+                    HiddenKind::Leaving
+                } else if home {
                     HiddenKind::Departed
                 } else {
                     HiddenKind::Relative
@@ -132,4 +135,11 @@ impl Mover {
             }
         }
     }
+}
+
+/// A child of a surrogate that the last daemon had not made one of its own yet: it shares its parent's memory, and ends by
+/// itself. Its end is nobody's.
+fn is_unborn(host: i32) -> bool {
+    let status = ProcDir::process(host).status();
+    status.is_ok_and(|status| inspect::shares((host, status.ppid), Sharing::Memory).unwrap_or(false))
 }

@@ -64,6 +64,13 @@ impl Links {
         false
     }
 
+    /// Has the peer closed the connection (or died) since the last word?
+    pub fn is_cut(&self, to: Slot) -> bool {
+        let link = self.link(to);
+        let stream = link.lock().unwrap_or_else(PoisonError::into_inner);
+        stream.as_ref().is_some_and(|stream| !is_open(stream))
+    }
+
     /// Opens the connection now, so that no connecting falls into a freeze.
     pub fn warm(&self, to: Slot) {
         let link = self.link(to);
@@ -84,17 +91,19 @@ impl Links {
     }
 }
 
+/// Nobody says anything on these connections, so that one where something is to be read has ended.
+fn is_open(stream: &TcpStream) -> bool {
+    let mut byte = [0u8; 1];
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    matches!(
+        rustix::net::recv(stream, &mut byte, flags),
+        Err(Errno::AGAIN | Errno::INTR)
+    )
+}
+
 /// What is written to a connection that the peer has closed (its daemon was restarted) is lost without an error, the
-/// first time. Nobody says anything on these connections, so that one where something is to be read has ended.
+/// first time.
 fn drop_if_closed(stream: &mut Option<TcpStream>) {
-    let is_open = |stream: &TcpStream| {
-        let mut byte = [0u8; 1];
-        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        matches!(
-            rustix::net::recv(stream, &mut byte, flags),
-            Err(Errno::AGAIN | Errno::INTR)
-        )
-    };
     if stream.as_ref().is_some_and(|stream| !is_open(stream)) {
         *stream = None;
     }

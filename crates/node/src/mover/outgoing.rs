@@ -136,6 +136,8 @@ pub(super) struct Outgoing<'a> {
     pub(super) events: Vec<SourceEvent>,
     pub(super) early: Vec<SourceEvent>,
     pub(super) tight: bool,
+    /// The destination has closed the connection by which it is told.
+    cut: bool,
     pub(super) sockets: Leaving,
 }
 
@@ -208,6 +210,7 @@ impl<'a> Outgoing<'a> {
             events: Vec::new(),
             early: Vec::new(),
             tight: false,
+            cut: false,
             sockets: Leaving::default(),
         }
     }
@@ -323,6 +326,13 @@ impl<'a> Outgoing<'a> {
             if matches!(event, SourceEvent::Drained(..)) && self.times.resumed.is_none() {
                 self.early.push(event);
                 continue;
+            }
+            if matches!(event, SourceEvent::Tick) {
+                // One that had not said anything yet when it died is not known to be gone by its own connection.
+                let was_cut = std::mem::replace(&mut self.cut, self.mover.links.is_cut(self.plan.destination));
+                if self.cut && !was_cut {
+                    machine.handle(self.mover.now(), SourceEvent::PeerLost(self.plan.destination));
+                }
             }
             machine.handle(self.mover.now(), event);
             if self.times.resumed.is_some() && !self.told && last_report.elapsed() > Duration::from_millis(100) {
