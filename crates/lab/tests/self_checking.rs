@@ -80,6 +80,11 @@ fn signals_stay_pending_masked_and_handled() {
 }
 
 #[test]
+fn timers_keep_their_numbers_however_high() {
+    travels("numbers", &[]);
+}
+
+#[test]
 fn timers_tick_and_sleeps_are_neither_cut_nor_lengthened() {
     // Not compared in full at the end: that takes long, and the kernel's select(2) counts no time while it is frozen.
     let traveller = Traveller::start("timers", &[]);

@@ -174,6 +174,7 @@ impl Blank {
         mappings::describe(&blank, &plan.image.space, number)?;
         descriptors::install_all(&mut blank, &plan.image.files, kit)?;
         signals::set_actions(&blank, None, &plan.image.signals.actions)?;
+        signals::count_ahead(&blank, &plan.image.signals)?;
         traits::set(&blank, &plan.image.traits, &plan.image.seccomp, kit)?;
         threads::make(&mut blank, plan.image.threads.iter().map(|t| t.tid), kit)?;
         Ok(blank)
