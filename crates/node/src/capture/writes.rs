@@ -16,6 +16,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::pipe::fcntl_getpipe_size;
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
@@ -69,6 +70,13 @@ pub fn complete(
         if (answer as u64) < length {
             break;
         }
+    }
+    if is_short(registers, memory) {
+        tracing::warn!(
+            host,
+            fd,
+            "a write to a pipe that a stop has cut short stays short: the pipe cannot be made larger"
+        );
     }
     Ok(thread)
 }
@@ -161,14 +169,23 @@ fn blocking_pipe(host: i32, fd: i32) -> Option<OwnedFd> {
 
 /// Makes room for so many bytes in a full pipe; how many can be written now for certain.
 fn enlarge(pipe: &OwnedFd, wanted: u64) -> Option<u64> {
+    let made = make_room(pipe, wanted);
+    if let Err(error) = &made {
+        tracing::warn!(%error, wanted, "a pipe cannot be made larger");
+    }
+    made.ok().flatten()
+}
+
+/// `None` if it would become larger than any may.
+fn make_room(pipe: &OwnedFd, wanted: u64) -> io::Result<Option<u64>> {
     // Every buffer that it has may be in use, each by a few bytes.
-    let before = fcntl_getpipe_size(pipe).ok()? as u64;
+    let before = fcntl_getpipe_size(pipe)? as u64;
     let size = before + wanted.div_ceil(PAGE) * PAGE + PAGE;
     if size > MOST {
-        return None;
+        return Ok(None);
     }
-    let after = resize(pipe, size as usize).ok()?;
-    Some((after as u64).saturating_sub(before + PAGE))
+    let after = resize(pipe, size as usize)?;
+    Ok(Some((after as u64).saturating_sub(before + PAGE)))
 }
 
 #[cfg(test)]

@@ -6,15 +6,16 @@ use super::{Found, Look, Refusal};
 use crate::restore::Common;
 use dunlin_proto::image::DescriptionKind;
 use dunlin_sys::foothold::take_descriptor;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, tee};
 use std::collections::btree_map::Entry;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const O_ACCMODE: u32 = 0o3;
+const LIMIT: &str = "/proc/sys/fs/pipe-max-size";
 /// No pipe is made larger than this by us, in bytes.
 pub(crate) const MOST: u64 = 16 << 20;
 
@@ -69,15 +70,13 @@ pub(crate) fn peek(host: i32, number: i32) -> io::Result<(u32, Vec<u8>)> {
 }
 
 /// Changes how many bytes a pipe holds; how many it holds then. A daemon without CAP_SYS_RESOURCE has to raise the limit of
-/// all (`/proc/sys/fs/pipe-max-size`) for a moment.
+/// all (`/proc/sys/fs/pipe-max-size`) for a moment, one after the other on one machine.
 pub(crate) fn resize(pipe: &OwnedFd, size: usize) -> io::Result<usize> {
-    const LIMIT: &str = "/proc/sys/fs/pipe-max-size";
-    static ONE: Mutex<()> = Mutex::new(());
     match fcntl_setpipe_size(pipe, size) {
         Err(rustix::io::Errno::PERM) if size as u64 <= MOST => {}
         answer => return Ok(answer?),
     }
-    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = Turn::wait()?;
     let before = std::fs::read_to_string(LIMIT)?;
     std::fs::write(LIMIT, MOST.to_string())?;
     let answer = fcntl_setpipe_size(pipe, size);
@@ -85,6 +84,28 @@ pub(crate) fn resize(pipe: &OwnedFd, size: usize) -> io::Result<usize> {
         tracing::warn!(%error, "{LIMIT} stays at {MOST}");
     }
     Ok(answer?)
+}
+
+/// The right to change the limit: a machine can have several daemons (those of a lab), and one that puts back what another
+/// one has raised would leave that one without, or the limit raised for good.
+struct Turn {
+    _lock: std::fs::File,
+    _thread: MutexGuard<'static, ()>,
+}
+
+impl Turn {
+    fn wait() -> io::Result<Turn> {
+        const LOCK: &str = "/run/dunlin-pipe-max-size.lock";
+        static ONE: Mutex<()> = Mutex::new(());
+        let thread = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut how = std::fs::File::options();
+        let lock = how.create(true).truncate(false).write(true).open(LOCK)?;
+        flock(&lock, FlockOperation::LockExclusive)?;
+        Ok(Turn {
+            _lock: lock,
+            _thread: thread,
+        })
+    }
 }
 
 /// One end of a pipe, which is made with the first end that is asked for.
@@ -126,4 +147,55 @@ pub(crate) fn fill(common: &mut Common, number: u64, capacity: u32, bytes: &[u8]
         std::fs::File::from(writing.try_clone()?).write_all(bytes)?;
     }
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    const ROLE: &str = "DUNLIN_TEST_RESIZES_PIPES";
+
+    /// Each daemon of a lab is a process of its own.
+    #[test]
+    fn a_pipe_is_made_larger_beside_others_that_are() {
+        if std::env::var_os(ROLE).is_some() {
+            for _ in 0..300 {
+                let (_reading, writing) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+                assert_eq!(resize(&writing, 2 << 20).unwrap(), 2 << 20);
+            }
+            return;
+        }
+        // As it is by default; on a machine where it was raised nobody has to wait for anybody.
+        let _raised = Lowered::to("1048576\n");
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args([
+            "--exact",
+            "descriptors::pipe::tests::a_pipe_is_made_larger_beside_others_that_are",
+        ]);
+        command.env(ROLE, "1");
+        let others = [(); 4].map(|()| command.spawn().unwrap());
+        for mut other in others {
+            assert!(other.wait().unwrap().success());
+        }
+        assert_eq!(std::fs::read_to_string(LIMIT).unwrap(), "1048576\n");
+    }
+
+    /// The limit, for the time of a test.
+    struct Lowered(String);
+
+    impl Lowered {
+        fn to(limit: &str) -> Lowered {
+            let _turn = Turn::wait().unwrap();
+            let before = std::fs::read_to_string(LIMIT).unwrap();
+            std::fs::write(LIMIT, limit).unwrap();
+            Lowered(before)
+        }
+    }
+
+    impl Drop for Lowered {
+        fn drop(&mut self) {
+            let _ = std::fs::write(LIMIT, &self.0);
+        }
+    }
 }
