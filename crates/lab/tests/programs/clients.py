@@ -180,11 +180,28 @@ class Fetch(Post):
         self.digest = self.get("/digest").read().decode().strip()
 
     def round(self, dice):
-        answer, digest = self.get("/big"), hashlib.sha256()
+        answer, digest, parts = self.get("/big"), hashlib.sha256(), []
         while part := answer.read(1 << 16):
             digest.update(part)
+            parts.append(part)
         if digest.hexdigest() != self.digest:
-            raise ValueError("what was downloaded is not what is there")
+            raise ValueError(f"what was downloaded is not what is there: {where(b''.join(parts))}")
+
+
+def where(got):
+    """The first few places at which a download differs, and where what came instead is to be found."""
+    wanted, found, at = random.Random(1).randbytes(20 << 20), [], 0
+    while at < len(got) and len(found) < 5:
+        if got[at : at + 4096] == wanted[at : at + 4096]:
+            at += 4096
+            continue
+        start = next((i for i in range(at, min(at + 4096, len(got))) if got[i] != wanted[i]), at)
+        end = start
+        while end < len(got) and got[end : end + 16] != wanted[end : end + 16]:
+            end += 1
+        found.append(f"{start}..{end} holds {got[start:start + 8].hex()}, which is at {wanted.find(got[start:start + 16])}")
+        at = end + 1
+    return f"{len(got)} bytes; " + "; ".join(found)
 
 
 KINDS = {"redis": Pipeline, "lines": Lines, "knock": Knock, "post": Post, "fetch": Fetch}
