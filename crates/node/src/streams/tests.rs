@@ -98,7 +98,11 @@ impl Node {
 
     fn cut(&self) {
         for stream in self.cut.lock().unwrap().drain(..) {
-            stream.shutdown(std::net::Shutdown::Both).unwrap();
+            // One that has ended by itself is cut.
+            match stream.shutdown(std::net::Shutdown::Both) {
+                Err(error) if error.kind() == io::ErrorKind::NotConnected => {}
+                other => other.unwrap(),
+            }
         }
     }
 }
