@@ -101,7 +101,7 @@ fn nginx(workshop: &Workshop) -> Vec<String> {
         .map(|kind| format!("{kind}_temp_path {dir}/{kind}; "))
         .collect();
     let configuration = format!(
-        "daemon off; worker_processes 2; pid {dir}/pid; error_log {dir}/errors notice;\n\
+        "daemon off; worker_processes 2; pid {dir}/pid; error_log {dir}/errors info;\n\
          events {{ worker_connections 256; }}\n\
          http {{ access_log off; keepalive_requests 100000000; sendfile on; {spools}\n\
          server {{ listen 8080; listen [::]:8080; root {dir}/www; }} }}\n"
@@ -157,7 +157,8 @@ fn nginx_with_its_workers_keeps_connections_and_downloads() {
     });
     hears_more(&mut downloads);
     let said = downloads.last_words();
-    assert!(said.contains(" rounds right"), "{said}");
+    let errors = std::fs::read_to_string(workshop.path("errors")).unwrap_or_default();
+    assert!(said.contains(" rounds right"), "{said}; nginx says:\n{errors}");
 }
 
 #[test]
