@@ -25,6 +25,10 @@ const TOO_LARGE: &str = "more than 16 MiB of shared memory cannot be moved yet";
 /// What such a mapping is, by its entry in `map_files`; or why it does not move.
 pub fn classify(mapping: &maps::Mapping, link: &Path) -> io::Result<Result<MappingKind, &'static str>> {
     let meta = std::fs::metadata(link)?;
+    // The program may run, and have other memory there by now.
+    if meta.ino() != mapping.inode {
+        return Err(io::ErrorKind::NotFound.into());
+    }
     Ok(match meta.blocks() * 512 <= MAX_BYTES {
         true => Ok(MappingKind::SharedMemory {
             memory: mapping.inode,

@@ -242,10 +242,15 @@ impl FileTable {
         if let Some(index) = self.by_inode.get(&key) {
             return Ok(*index);
         }
+        let file = file_ref(path)?;
+        // The program may run, and have another file mapped there by now.
+        if file.path != mapping.name {
+            return Err(io::ErrorKind::NotFound.into());
+        }
         let index = self.files.len() as u32;
         self.files.push(FileRef {
             path: mapping.name.clone(),
-            ..file_ref(path)?
+            ..file
         });
         self.by_inode.insert(key, index);
         Ok(index)
