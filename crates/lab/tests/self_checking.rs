@@ -123,6 +123,11 @@ fn descriptors_keep_offsets_flags_and_deleted_files() {
 }
 
 #[test]
+fn numbers_that_are_another_file_at_every_moment_are_the_right_one() {
+    travels("reopen", &[]);
+}
+
+#[test]
 fn event_loops_lose_nothing() {
     travels("waits", &[]);
 }

@@ -23,9 +23,9 @@ use dunlin_proto::ids::Pid;
 use dunlin_proto::image::{self, Description, DescriptionKind, Descriptor, FileLock, Files};
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::{FdInfo, Lock, LockKind};
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::AsFd;
 
 const O_CLOEXEC: u32 = 0o2_000_000;
 const O_ASYNC: u32 = 0o20_000;
@@ -60,11 +60,9 @@ pub fn read(
             None => {
                 let kind = match before.and_then(|(glimpses, files)| unchanged(glimpse, glimpses, files)) {
                     Some(kind) => Ok(kind.clone()),
-                    None => match describe(&look) {
-                        // The program runs, and has closed it meanwhile. The freeze will see what is there then.
-                        Err(_) if before.is_none() && is_gone(&dir, glimpse)? => continue,
-                        described => described?,
-                    },
+                    // The program runs, and has closed it meanwhile. The freeze will see what is there then.
+                    None if before.is_none() && !look.is_there()? => continue,
+                    None => describe(&look)?,
                 };
                 match kind {
                     Ok(kind) => files.descriptions.push(Description {
@@ -74,7 +72,7 @@ pub fn read(
                         position: glimpse.info.position,
                         owner: match glimpse.info.flags & O_ASYNC {
                             0 => None,
-                            _ => owner::look(owner.host, glimpse.number)?,
+                            _ => owner::look(look.handle()?)?,
                         },
                         locks: locks(&glimpse.info),
                     }),
@@ -114,6 +112,7 @@ impl Owner<'_> {
             dir,
             glimpse,
             around: self.around,
+            handle: OnceCell::new(),
         }
     }
 }
@@ -143,11 +142,6 @@ pub fn shared_since(
         obstacles.extend(refusal.map(|obstacle| *obstacle));
     }
     Ok(())
-}
-
-/// Is it closed, or another one by now?
-fn is_gone(dir: &ProcDir, glimpse: &Glimpse) -> io::Result<bool> {
-    Ok(Glimpse::of(dir, glimpse.number)?.is_none_or(|now| !now.is_like(glimpse)))
 }
 
 /// What a descriptor is that is as it was.
@@ -199,7 +193,7 @@ fn describe(look: &Look<'_>) -> Found {
             "a descriptor of this kind cannot be moved yet",
             "see `dunlin can-move` after closing it, or run the program without the feature that needs it",
         ),
-        other if other.starts_with(b"socket:") => match dunlin_sys::socket::what(look.take()?.as_fd())?.family {
+        other if other.starts_with(b"socket:") => match dunlin_sys::socket::what(look.handle()?)?.family {
             dunlin_sys::socket::unix::FAMILY => unix::look(look),
             _ => internet(look),
         },
@@ -209,7 +203,7 @@ fn describe(look: &Look<'_>) -> Found {
 
 /// A socket of the Internet families, or of one that does not move.
 fn internet(look: &Look<'_>) -> Found {
-    match sockets::look::look(look.host, look.take()?.as_fd(), look.around.inside)? {
+    match sockets::look::look(look.host, look.handle()?, look.around.inside)? {
         Some(Ok(socket)) => match shared_socket(look)? {
             Some(refusal) => Ok(Err(refusal)),
             None => Ok(Ok(DescriptionKind::Socket(Box::new(socket)))),
@@ -223,7 +217,7 @@ fn internet(look: &Look<'_>) -> Found {
 }
 
 fn shared_socket(look: &Look<'_>) -> io::Result<Option<Refusal>> {
-    if !look.around.shared_outside(look.host, &look.link())? {
+    if !look.around.shared_outside(look.host, &look.link()?)? {
         return Ok(None);
     }
     let refused = look.refuse::<()>(

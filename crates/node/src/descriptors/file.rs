@@ -24,7 +24,7 @@ pub(crate) const MAX_DELETED_BYTES: u64 = 256 << 20;
 
 /// What has a file system's inode.
 pub(crate) fn look(look: &Look<'_>) -> Found {
-    let (link, target, flags) = (look.link(), look.target(), look.glimpse.info.flags);
+    let (link, target, flags) = (look.link()?, look.target(), look.glimpse.info.flags);
     let file = file_ref(&link)?;
     if flags & O_PATH != 0 {
         if target.starts_with(b"/") && !target.ends_with(b" (deleted)") {
@@ -36,8 +36,7 @@ pub(crate) fn look(look: &Look<'_>) -> Found {
         );
     }
     let identify = || -> io::Result<Option<DescriptionKind>> {
-        let fd = look.take()?;
-        Ok((look.around.identify)(fd.as_fd()).map(|(run, stream)| DescriptionKind::Stream { run, stream }))
+        Ok((look.around.identify)(look.handle()?).map(|(run, stream)| DescriptionKind::Stream { run, stream }))
     };
     match file.mode & S_IFMT {
         0o040_000 => Ok(Ok(DescriptionKind::Directory(file))),
@@ -82,7 +81,7 @@ fn nameless(look: &Look<'_>, file: &FileRef) -> Found {
             "close it before the move",
         );
     }
-    if look.around.shared_outside(look.host, &look.link())? {
+    if look.around.shared_outside(look.host, &look.link()?)? {
         return look.refuse(
             "it has no name and another process has it open",
             "move the tree, or close it",
@@ -92,7 +91,7 @@ fn nameless(look: &Look<'_>, file: &FileRef) -> Found {
     Ok(Ok(DescriptionKind::Deleted {
         path: target[..target.len() - b" (deleted)".len()].to_vec(),
         mode: file.mode & 0o7777,
-        bytes: contents(&look.link(), MAX_DELETED_BYTES)?,
+        bytes: contents(&look.link()?, MAX_DELETED_BYTES)?,
     }))
 }
 

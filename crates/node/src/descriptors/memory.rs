@@ -21,8 +21,8 @@ pub(crate) fn is(target: &[u8]) -> bool {
 
 pub(crate) fn look(look: &Look<'_>) -> Found {
     const TMPFS_MAGIC: i64 = 0x0102_1994;
-    let file = file_ref(&look.link())?;
-    if look.around.shared_outside(look.host, &look.link())? {
+    let file = file_ref(&look.link()?)?;
+    if look.around.shared_outside(look.host, &look.link()?)? {
         return look.refuse(
             "a process that stays here has this memory (memfd) open, too",
             "move the whole tree (--tree), or close it",
@@ -31,14 +31,14 @@ pub(crate) fn look(look: &Look<'_>) -> Found {
     if file.size > file::MAX_DELETED_BYTES {
         return look.refuse("it is too large to travel (256 MiB)", "close it before the move");
     }
-    let fd = look.take()?;
-    let Ok(seals) = fcntl_get_seals(&fd) else {
+    let fd = look.handle()?;
+    let Ok(seals) = fcntl_get_seals(fd) else {
         return look.refuse(
             "it is not of this process to seal, so that it is not known whose memory it is",
             "close it before the move",
         );
     };
-    if rustix::fs::fstatfs(&fd)?.f_type != TMPFS_MAGIC {
+    if rustix::fs::fstatfs(fd)?.f_type != TMPFS_MAGIC {
         return look.refuse(
             "memory of huge pages (memfd) cannot be moved yet",
             "close it before the move",
@@ -50,7 +50,7 @@ pub(crate) fn look(look: &Look<'_>) -> Found {
         name: target[NAME.len()..target.len() - GONE.len()].to_vec(),
         mode: file.mode & 0o7777,
         seals: seals.bits(),
-        bytes: contents(&look.link(), file::MAX_DELETED_BYTES)?,
+        bytes: contents(&look.link()?, file::MAX_DELETED_BYTES)?,
     }))
 }
 

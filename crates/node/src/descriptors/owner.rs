@@ -5,17 +5,16 @@
 use crate::restore::{Blank, RestoreError};
 use dunlin_proto::ids::Pid;
 use dunlin_sys::fdcalls;
-use dunlin_sys::foothold::take_descriptor;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::script::Script;
 use rustix::fs::OFlags;
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 
 /// The owner of a descriptor with O_ASYNC, by PIDs of the nest.
-pub(crate) fn look(host: i32, number: i32) -> io::Result<Option<(i32, Pid, i32)>> {
-    let (kind, owner, signal) = fdcalls::signal_owner(take_descriptor(host, number)?.as_fd())?;
+pub(crate) fn look(handle: BorrowedFd<'_>) -> io::Result<Option<(i32, Pid, i32)>> {
+    let (kind, owner, signal) = fdcalls::signal_owner(handle)?;
     let status = (owner > 0).then(|| ProcDir::process(owner).status());
     let pid = status
         .and_then(|status| status.ok()?.ns_pids.last().copied())

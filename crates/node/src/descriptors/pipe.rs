@@ -21,7 +21,7 @@ pub(crate) const MOST: u64 = 16 << 20;
 
 /// What a pipe's end is, or why it cannot move. Its bytes are not read yet.
 pub(crate) fn look(look: &Look<'_>) -> Found {
-    let inode = std::fs::metadata(look.link())?.ino();
+    let inode = std::fs::metadata(look.link()?)?.ino();
     if !look.target().starts_with(b"pipe:") {
         return look.refuse(
             "a named pipe (FIFO) cannot be moved yet",
@@ -34,14 +34,14 @@ pub(crate) fn look(look: &Look<'_>) -> Found {
     Ok(Ok(DescriptionKind::Pipe {
         pipe: inode,
         write: look.glimpse.info.flags & O_ACCMODE == 1,
-        capacity: fcntl_getpipe_size(&look.take()?)? as u32,
+        capacity: fcntl_getpipe_size(look.handle()?)? as u32,
         bytes: Vec::new(),
     }))
 }
 
 /// Why it cannot move: a process that stays has the pipe, too.
 pub(crate) fn shared(look: &Look<'_>) -> io::Result<Option<Refusal>> {
-    let inode = std::fs::metadata(look.link())?.ino();
+    let inode = std::fs::metadata(look.link()?)?.ino();
     let Some(other) = look.around.open_outside(inode)? else {
         return Ok(None);
     };

@@ -15,7 +15,7 @@ use rustix::time::{
     timerfd_gettime, timerfd_settime,
 };
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 const ABSOLUTE: u32 = 1;
@@ -26,10 +26,10 @@ const EXPIRES_WITHIN: Duration = Duration::from_micros(300);
 
 /// What a timer is. `before`: as it was when it was looked at last.
 pub(crate) fn look(look: &Look<'_>, before: Option<&TimerFd>) -> Found {
-    let fd = look.take()?;
+    let fd = look.handle()?;
     let deadline = Instant::now() + EXPIRES_WITHIN;
     loop {
-        let (info, now) = ask(look, &fd)?;
+        let (info, now) = ask(look, fd)?;
         let clock = clock_of(info.clock, info.flags)?;
         let offset = match is_real(info.clock, info.flags) {
             true => 0,
@@ -63,7 +63,7 @@ pub(crate) fn look(look: &Look<'_>, before: Option<&TimerFd>) -> Found {
 
 /// What a timer says, and the time on its clock just after. What was read between two looks at the clock that lie far apart
 /// is read again: that distance is how much later the timer will come.
-fn ask(look: &Look<'_>, fd: &OwnedFd) -> io::Result<(special::Timer, i64)> {
+fn ask(look: &Look<'_>, fd: BorrowedFd<'_>) -> io::Result<(special::Timer, i64)> {
     const NEAR_NS: i64 = 10_000;
     const LOOKS: u32 = 4;
     let mut best = None;

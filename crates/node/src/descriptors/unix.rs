@@ -37,9 +37,9 @@ const ROOM: u32 = 256 << 20;
 
 /// What a unix socket is, or why it cannot move. What waits in it is not read yet.
 pub(crate) fn look(look: &Look<'_>) -> Found {
-    let fd = look.take()?;
+    let fd = look.handle()?;
     let what = socket::what(fd.as_fd())?;
-    let meta = std::fs::metadata(look.link())?;
+    let meta = std::fs::metadata(look.link()?)?;
     if let Some(other) = look.around.open_outside(meta.ino())? {
         return look.refuse(
             &format!("process {other}, which stays here, has the socket open"),
@@ -55,8 +55,8 @@ pub(crate) fn look(look: &Look<'_>) -> Found {
     }
     /// What the family alone takes.
     const NAMELESS: u32 = 2;
-    let own = rustix::net::getsockname(&fd).is_ok_and(|name| name.addr_len() > NAMELESS);
-    let peers = rustix::net::getpeername(&fd).is_ok_and(|name| name.is_some_and(|name| name.addr_len() > NAMELESS));
+    let own = rustix::net::getsockname(fd).is_ok_and(|name| name.addr_len() > NAMELESS);
+    let peers = rustix::net::getpeername(fd).is_ok_and(|name| name.is_some_and(|name| name.addr_len() > NAMELESS));
     if own || peers {
         return look.refuse(
             "a unix socket with a name, or connected with one, cannot be moved yet",
@@ -93,7 +93,7 @@ pub(crate) fn look(look: &Look<'_>) -> Found {
             "try again when the program has read it",
         );
     }
-    let peer_credentials = rustix::net::sockopt::socket_peercred(&fd).map(|c| (c.uid.as_raw(), c.gid.as_raw()));
+    let peer_credentials = rustix::net::sockopt::socket_peercred(fd).map(|c| (c.uid.as_raw(), c.gid.as_raw()));
     let number = |name| unix::option(fd.as_fd(), name);
     Ok(Ok(DescriptionKind::Unix(Box::new(UnixSocket {
         inode: meta.ino(),
@@ -117,7 +117,7 @@ static SEEN_EMPTY: Mutex<BTreeSet<u64>> = Mutex::new(BTreeSet::new());
 
 /// What waits in it.
 pub(crate) fn queue(look: &Look<'_>, socket: &UnixSocket) -> io::Result<Result<Vec<Waiting>, Refusal>> {
-    let fd = look.take()?;
+    let fd = look.handle()?;
     let is_stream = socket.kind == socket::STREAM;
     if is_stream {
         let all = unix::queue(fd.as_fd(), true)?;

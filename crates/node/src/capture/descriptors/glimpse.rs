@@ -40,14 +40,21 @@ impl Glimpse {
     }
 
     /// Could it be the same description?
-    pub(super) fn is_like(&self, other: &Glimpse) -> bool {
-        const NUMBERED: &str = "eventfd-id:";
-        let id = |glimpse: &Glimpse| {
-            let line = glimpse.steady.lines().find(|line| line.starts_with(NUMBERED));
-            line.map(str::to_owned)
-        };
+    pub(crate) fn is_like(&self, other: &Glimpse) -> bool {
+        // A name alone may be given to another file: of two without a name, or after a rename.
+        let same = |key: &str| self.line(key) == other.line(key);
         let access = |glimpse: &Glimpse| glimpse.info.flags & O_ACCMODE;
-        self.link == other.link && access(self) == access(other) && id(self) == id(other)
+        self.link == other.link && access(self) == access(other) && same("ino:") && same("eventfd-id:")
+    }
+
+    /// Is what has its name one description for certain, whoever has it?
+    pub(super) fn names_one(&self) -> bool {
+        self.link.as_os_str().as_encoded_bytes().starts_with(b"socket:") || self.line("eventfd-id:").is_some()
+    }
+
+    /// A line of fdinfo.
+    fn line(&self, key: &str) -> Option<&str> {
+        self.steady.lines().find(|line| line.starts_with(key))
     }
 }
 

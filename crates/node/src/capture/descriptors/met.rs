@@ -4,6 +4,7 @@
 //! plan to the freeze.
 
 use super::glimpse::Glimpse;
+use dunlin_proto::image::Files;
 use dunlin_sys::inspect;
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -51,41 +52,59 @@ impl Met {
 
     /// The key of a description.
     pub(crate) fn key(&mut self, host: i32, glimpse: &Glimpse) -> io::Result<u64> {
-        let mut same = None;
         let named = self.named.get(&glimpse.link).into_iter().flatten();
-        let all = named.map(|at| (*at, &self.all[*at]));
-        for (at, known) in all.filter(|(_, known)| known.glimpse.is_like(glimpse)) {
-            let (one, other) = (glimpse.number, known.glimpse.number);
-            if (known.host, other) == (host, one) && !is_own(host) {
-                // Its descriptor is this one: of a description that was met in this round, or has become another.
-                same = same.or(Some(at));
-            } else if (known.host, other) != (host, one)
-                && inspect::same_description((host, known.host), (one, other)).unwrap_or(false)
-            {
-                same = Some(at);
-                break;
-            }
+        let alike = || named.clone().filter(|at| self.all[**at].glimpse.is_like(glimpse));
+        let is_of_now = |at: &&usize| self.all[**at].round == self.round;
+        let has_its_number = |at: &&usize| {
+            let known = &self.all[**at];
+            (known.host, known.glimpse.number) == (host, glimpse.number) && !is_own(host)
+        };
+        let is_it = |at: &&usize| {
+            let known = &self.all[**at];
+            let (hosts, numbers) = ((host, known.host), (glimpse.number, known.glimpse.number));
+            inspect::same_description(hosts, numbers).unwrap_or(false)
+        };
+        // What was met in this round says which descriptors share one now. What was met earlier lends its key: to what
+        // has its number, be it another by now, rather than to what it was then.
+        let met = alike().filter(is_of_now).find(|at| has_its_number(at) || is_it(at));
+        if let Some(at) = met {
+            return Ok(*at as u64 + 1);
         }
+        let earlier = || alike().filter(|at| !is_of_now(at));
+        let lends = earlier()
+            .find(has_its_number)
+            .or_else(|| earlier().find(is_it))
+            .copied();
         let now = Known {
             host,
             glimpse: glimpse.clone(),
             round: self.round,
         };
-        match same {
-            Some(at) if self.all[at].round == self.round => Ok(at as u64 + 1),
+        let at = match lends {
             Some(at) => {
                 self.all[at] = now;
-                Ok(at as u64 + 1)
+                at
             }
             None => {
                 self.all.push(now);
-                self.named
-                    .entry(glimpse.link.clone())
-                    .or_default()
-                    .push(self.all.len() - 1);
-                Ok(self.all.len() as u64)
+                let named = self.named.entry(glimpse.link.clone()).or_default();
+                named.push(self.all.len() - 1);
+                self.all.len() - 1
+            }
+        };
+        Ok(at as u64 + 1)
+    }
+
+    /// Do descriptors share descriptions now as they did when they were described? Two numbers of one file can come to
+    /// share one, or cease to, without anything to be seen in a glimpse of either.
+    pub(crate) fn share_as(&mut self, host: i32, glimpses: &[Glimpse], files: &Files) -> io::Result<bool> {
+        let mut same = true;
+        for (glimpse, descriptor) in glimpses.iter().zip(&files.table) {
+            if !glimpse.names_one() {
+                same &= self.key(host, glimpse)? == files.descriptions[descriptor.description as usize].key;
             }
         }
+        Ok(same)
     }
 }
 

@@ -4,8 +4,7 @@
 //! queues. Refuses to take anything out: what is read stays where it is.
 
 use super::{Glimpse, Met, Owner, describe};
-use crate::descriptors::{Look, Refusal, file, pipe, timer, unix};
-use crate::files::contents;
+use crate::descriptors::{Look, Refusal, pipe, timer, unix};
 use dunlin_proto::control::Obstacle;
 use dunlin_proto::image::{self, Description, DescriptionKind, Files};
 use dunlin_sys::procfs::ProcDir;
@@ -113,9 +112,11 @@ impl Refresher<'_> {
             return Ok(Ok(()));
         }
         match &mut files.descriptions[index].kind {
-            DescriptionKind::Deleted { bytes, .. } | DescriptionKind::Memory { bytes, .. } => {
-                *bytes = contents(&look.link(), file::MAX_DELETED_BYTES)?;
-            }
+            // Their bytes, modes and seals.
+            kind @ (DescriptionKind::Deleted { .. } | DescriptionKind::Memory { .. }) => match describe(look)? {
+                Ok(now) => *kind = now,
+                Err(obstacle) => return Ok(Err(obstacle)),
+            },
             DescriptionKind::Pipe {
                 pipe,
                 write: false,
