@@ -86,7 +86,8 @@ type EarlyEnd = (Vec<Pid>, Incarnation, ExitStatus);
 
 /// What a thread of a move is told.
 enum Word {
-    Source(SourceEvent),
+    /// And when it came.
+    Source(SourceEvent, Instant),
     Destination(DestinationEvent),
 }
 
@@ -260,7 +261,7 @@ impl Mover {
             let senders: Vec<Sender<Word>> = lock(senders).values().cloned().collect();
             for sender in senders {
                 // A thread takes only the kind that is its own.
-                let _ = sender.send(Word::Source(SourceEvent::PeerLost(from)));
+                let _ = sender.send(Word::Source(SourceEvent::PeerLost(from), Instant::now()));
                 let _ = sender.send(Word::Destination(DestinationEvent::PeerLost(from)));
             }
         }
@@ -347,7 +348,7 @@ impl Mover {
 
     fn to_source(&self, id: MoveId, event: SourceEvent) -> bool {
         let sender = lock(&self.sources).get(&id).cloned();
-        sender.is_some_and(|s| s.send(Word::Source(event)).is_ok())
+        sender.is_some_and(|s| s.send(Word::Source(event, Instant::now())).is_ok())
     }
 
     /// Hands an event to the thread of a move; back, if there is none.
@@ -357,7 +358,7 @@ impl Mover {
         };
         sender.send(Word::Destination(event)).map_err(|unsent| match unsent.0 {
             Word::Destination(event) => event,
-            Word::Source(_) => DestinationEvent::Tick,
+            Word::Source(..) => DestinationEvent::Tick,
         })
     }
 

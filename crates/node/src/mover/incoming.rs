@@ -170,7 +170,7 @@ impl Incoming {
         loop {
             match words.recv_timeout(left) {
                 Ok(Word::Destination(event)) => return event,
-                Ok(Word::Source(_)) => {}
+                Ok(Word::Source(..)) => {}
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return DestinationEvent::Tick,
             }
         }

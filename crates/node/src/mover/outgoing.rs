@@ -343,11 +343,11 @@ impl<'a> Outgoing<'a> {
     }
 
     /// The next event. Stays awake for a moment while the process is frozen, in case it is about to come.
-    fn wait(&self, words: &Receiver<Word>, until: Option<Duration>) -> SourceEvent {
+    fn wait(&mut self, words: &Receiver<Word>, until: Option<Duration>) -> SourceEvent {
         let spin_until = Instant::now() + AWAKE;
         while self.tight && Instant::now() < spin_until {
-            if let Ok(Word::Source(event)) = words.try_recv() {
-                return event;
+            if let Ok(Word::Source(event, at)) = words.try_recv() {
+                return self.heard(event, at);
             }
             std::hint::spin_loop();
         }
@@ -360,11 +360,19 @@ impl<'a> Outgoing<'a> {
         let left = until.map_or(longest, |at| at.saturating_sub(self.mover.now()).min(longest));
         loop {
             match words.recv_timeout(left) {
-                Ok(Word::Source(event)) => return event,
+                Ok(Word::Source(event, at)) => return self.heard(event, at),
                 Ok(Word::Destination(_)) => {}
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return SourceEvent::Tick,
             }
         }
+    }
+
+    /// When it was heard that it runs there counts, not when there was time for it: it is cleared away here meanwhile.
+    fn heard(&mut self, event: SourceEvent, at: Instant) -> SourceEvent {
+        if matches!(event, SourceEvent::FromDestination(_, DestinationToSource::Resumed)) {
+            self.times.resumed_heard.get_or_insert(at);
+        }
+        event
     }
 
     /// It runs there, or is about to: nobody waits for what is cleared away here, and where the destination shares this
@@ -380,14 +388,13 @@ impl<'a> Outgoing<'a> {
         while self.tight && !is_urgent {
             let left = until.saturating_duration_since(Instant::now());
             let event = match words.recv_timeout(left) {
-                Ok(Word::Source(event)) => event,
+                Ok(Word::Source(event, at)) => self.heard(event, at),
                 Ok(Word::Destination(_)) => continue,
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
             };
             let runs = matches!(event, SourceEvent::FromDestination(_, DestinationToSource::Resumed));
             self.events.insert(0, event);
             if runs {
-                self.times.resumed_heard = Some(Instant::now());
                 break;
             }
         }

@@ -33,7 +33,8 @@ struct Kept {
     callers: Vec<image::Caller>,
 }
 
-/// Where the listening sockets of a network are looked at, and let be called.
+/// Where the listening sockets of a network are looked at, and let be called. The kernel takes
+/// tens of milliseconds to close it: that must not be where packets are held ([`Callers::close`]).
 #[derive(Debug)]
 struct Gate {
     diag: SockDiag,
@@ -205,6 +206,10 @@ impl Callers {
                 tracing::error!(host, number, %error, "connections that nobody had accepted could not be put back");
             }
         }
+    }
+
+    /// Nobody is held up any more.
+    pub fn close(&mut self) {
         self.gate = None;
     }
 
@@ -218,7 +223,6 @@ impl Callers {
             }
             queue.forget(edge);
         }
-        self.gate = None;
     }
 }
 

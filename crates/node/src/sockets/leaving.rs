@@ -401,6 +401,7 @@ impl Leaving {
             }
         }
         self.held.clear();
+        self.callers.close();
     }
 
     /// The sockets are another node's now: what is left of them here goes, in silence, with the old process.
@@ -417,6 +418,7 @@ impl Leaving {
             }
         }
         self.held.clear();
+        self.callers.close();
     }
 }
 
