@@ -4,7 +4,7 @@
 //! of. Invariants: a surrogate is known by the program that it runs; what was held for a moment runs on.
 
 use super::Mover;
-use super::records::{KeptSource, Left};
+use super::records::{KeptDestination, KeptSource, Left};
 use super::recover::parked;
 use crate::capture::CaptureError;
 use crate::capture::held::{Abandoned, fetch_from_refuge, stop_all};
@@ -16,6 +16,32 @@ use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::surrogate;
 use std::collections::BTreeSet;
 use std::io;
+
+/// What records tell of: those who see to these tasks.
+pub(super) struct ToldOf {
+    /// What was frozen, and by which arena it is known; unknown before the freeze.
+    left: Vec<(Pid, Option<u64>)>,
+    /// What has arrived, or is about to.
+    arriving: BTreeSet<Pid>,
+}
+
+impl ToldOf {
+    /// All that is told of.
+    pub(super) fn by(sources: &[KeptSource], destinations: &[KeptDestination]) -> ToldOf {
+        let left = sources.iter().flat_map(|source| &source.left);
+        let members = destinations.iter().flat_map(|kept| &kept.record.members);
+        ToldOf {
+            left: left.map(|left| (left.pid, left.arena)).collect(),
+            arriving: members.map(|member| member.pid).collect(),
+        }
+    }
+
+    /// Is it what was found? A record of what was left can be older than that a process of this number has come back.
+    fn is_of(&self, pid: Pid, arena: Option<u64>) -> bool {
+        let is_left = |(its, by): &(Pid, Option<u64>)| *its == pid && (by.is_none() || *by == arena);
+        self.arriving.contains(&pid) || self.left.iter().any(is_left)
+    }
+}
 
 impl Mover {
     /// A record of before the freeze does not say which tasks the processes are.
@@ -42,7 +68,7 @@ impl Mover {
     /// Lets all processes run on that the last daemon held for a moment, as for a move that was only prepared; but for
     /// those that a record tells of. A keeper that was just made is found by its parent, who is told of. Those that had been
     /// on the last step out of the loop come back.
-    pub(super) fn free_the_abandoned(&self, told_of: &BTreeSet<Pid>) {
+    pub(super) fn free_the_abandoned(&self, told_of: &ToldOf) {
         let found = |pid: Pid, host: i32| match Abandoned::find(pid, host) {
             Ok(found) => found,
             Err(CaptureError::Gone) => None,
@@ -62,7 +88,7 @@ impl Mover {
                 }
                 continue;
             };
-            if told_of.contains(&pid) {
+            if told_of.is_of(pid, abandoned.arena().ok()) {
                 continue;
             }
             let parent = ProcDir::process(host).status().map_or(0, |status| status.ppid);

@@ -163,6 +163,7 @@ pub(super) fn go_on(
     this.told = true;
     this.withdrawn = withdrawn;
     this.left = left;
+    this.kept = Some(record.clone());
     this.sockets = Leaving::take_up(&mover.edge, plan.move_id);
     for left in &this.left {
         this.images.extend(left.image.map(|image| (left.pid, image)));

@@ -7,6 +7,7 @@
 
 use super::arrivals::Arrival;
 use super::keepers::Spent;
+use super::leftovers::ToldOf;
 use super::records::{
     ARRIVAL, ArrivalRecord, DESTINATION, IMAGE, ImageRecord, KeptDestination, KeptSource, SOURCE, records,
 };
@@ -52,14 +53,10 @@ impl Mover {
             self.find_frozen(source)?;
         }
         let undecided: BTreeSet<Pid> = sources.iter().flat_map(|source| parked(&source.record)).collect();
-        let held: BTreeSet<Pid> = sources
-            .iter()
-            .flat_map(|source| source.left.iter().map(|left| left.pid))
-            .chain(destinations.iter().flat_map(|d| d.record.members.iter().map(|m| m.pid)))
-            .collect();
+        let told_of = ToldOf::by(&sources, &destinations);
         let mut withdrawn = self.take_up_spaces(&labels, &undecided)?;
         // Now that pages come, which this may need.
-        self.free_the_abandoned(&held);
+        self.free_the_abandoned(&told_of);
         drop(quiet);
         // What became of copies that this node was to run is told by their move, unless others of it run.
         let here = |pid: Pid| self.hidden.kind(pid).is_none() && self.nest.host_pid(pid).is_ok_and(|h| h.is_some());
