@@ -273,9 +273,10 @@ impl Arena {
         (i64::from(word(0) as u32), arguments, word(7) as i64)
     }
 
-    /// Is this address in the loop? A thread that is there does not do what it did.
-    pub fn is_inside(&self, rip: u64) -> bool {
-        (self.base..self.base + PAGE).contains(&rip)
+    /// Is a thread with this instruction and stack pointer in the loop, or in a call from which it comes to the
+    /// [landing](Arena::landing)? It does not do what it did.
+    pub fn has(&self, rip: u64, rsp: u64) -> bool {
+        (self.base..self.base + PAGE).contains(&rip) || (self.base..self.base + ARENA_BYTES).contains(&rsp)
     }
 
     pub(crate) fn word(&self, at: u64) -> &AtomicU64 {

@@ -13,6 +13,10 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+/// How long a script may take to move the vDSO.
+const MOVES_WITHIN: Duration = Duration::from_millis(200);
 
 /// Why no foothold could be had. The target is as before.
 #[derive(Debug, thiserror::Error)]
@@ -131,35 +135,34 @@ impl Foothold {
     pub fn find(process: i32) -> Result<Option<Foothold>, FootholdError> {
         let io = |what| move |source| FootholdError::Io { what, source };
         let dir = ProcDir::process(process);
-        let text = dir.bytes("maps").map_err(io("maps"))?;
-        let mappings = maps::parse(&text).map_err(|e| FootholdError::Io {
-            what: "maps",
-            source: e.into(),
-        })?;
-        let Some(vdso) = mappings.iter().find(|m| m.name == b"[vdso]") else {
-            return Ok(None);
-        };
-        for pair in mappings.windows(2) {
-            let [code, data] = pair else { continue };
-            let is_arena = Foothold::is_arena(code)
-                && code.length() == PAGE
-                && data.start == code.end
-                && data.length() == ARENA_BYTES - PAGE
-                && data.name == code.name;
-            if !is_arena {
-                continue;
-            }
+        let deadline = Instant::now() + MOVES_WITHIN;
+        loop {
+            let text = dir.bytes("maps").map_err(io("maps"))?;
+            let mappings = maps::parse(&text).map_err(|e| FootholdError::Io {
+                what: "maps",
+                source: e.into(),
+            })?;
+            let arena = mappings.windows(2).find_map(|pair| match pair {
+                [code, data] if is_pair(code, data) => Some((code, data)),
+                _ => None,
+            });
+            let Some((code, data)) = arena else { return Ok(None) };
             let path = dir.path(&format!("map_files/{:x}-{:x}", data.start, data.end));
             let memfd = File::options().read(true).write(true).open(path);
             let memfd = memfd.map_err(io("the target's memfd"))?;
-            if let Some(arena) = Arena::found(memfd.into(), code.start).map_err(io("the target's memfd"))? {
-                return Ok(Some(Foothold {
-                    arena,
-                    syscall_at: find_syscall(&dir, vdso)?,
-                }));
+            let found = Arena::found(memfd.into(), code.start).map_err(io("the target's memfd"))?;
+            let Some(arena) = found else { return Ok(None) };
+            // A script that a former tracer has begun may be moving it to its place just now.
+            let vdso = mappings.iter().find(|m| m.name == b"[vdso]");
+            match vdso
+                .ok_or(FootholdError::NoVdso)
+                .and_then(|vdso| find_syscall(&dir, vdso))
+            {
+                Ok(syscall_at) => return Ok(Some(Foothold { arena, syscall_at })),
+                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(_) => std::thread::sleep(Duration::from_millis(1)),
             }
         }
-        Ok(None)
     }
 
     /// Is it still there? A program that executes another has lost it.
@@ -189,6 +192,15 @@ impl Foothold {
     pub fn range(&self) -> (u64, u64) {
         (self.arena.base(), self.arena.base() + ARENA_BYTES)
     }
+}
+
+/// Are these the two mappings of an arena?
+fn is_pair(code: &maps::Mapping, data: &maps::Mapping) -> bool {
+    Foothold::is_arena(code)
+        && code.length() == PAGE
+        && data.start == code.end
+        && data.length() == ARENA_BYTES - PAGE
+        && data.name == code.name
 }
 
 /// One injected call that must succeed.

@@ -143,7 +143,11 @@ fn a_thread_whose_tracer_dies_in_a_script_waits_and_can_be_put_back() {
     assert_eq!(held.registers.rip, before.registers.rip);
     while !dir.text("syscall").unwrap().starts_with("34 ") {}
     let (thread, _) = Running::seize(pid, Options::default()).unwrap().stop(soon()).unwrap();
-    assert!(foothold.arena.is_inside(thread.registers().unwrap().rip));
+    let now = thread.registers().unwrap();
+    assert!(foothold.arena.has(now.rip, now.rsp));
+    // In a call from which it would come there, too.
+    assert!(foothold.arena.has(foothold.syscall_at, foothold.arena.landing()));
+    assert!(!foothold.arena.has(foothold.syscall_at, before.registers.rsp));
     let thread = foothold.uproot(thread).unwrap();
     thread.set_registers(&held.registers).unwrap();
     thread.set_signal_mask(held.mask).unwrap();

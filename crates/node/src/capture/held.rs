@@ -15,7 +15,7 @@ use dunlin_sys::script::{Held, NOTE_WORDS};
 use std::time::{Duration, Instant};
 
 /// How long the threads of a daemon that was killed may take to let go of their tracees, and a thread to stop.
-const PATIENCE: Duration = Duration::from_secs(2);
+pub const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A process with a foothold that nobody holds any more.
 pub struct Abandoned {
@@ -43,7 +43,8 @@ impl Abandoned {
         self.foothold.arena.number()
     }
 
-    /// Does one of its threads wait in the loop, or its first where it is put while the loop is taken out?
+    /// Does one of its threads wait in the loop (or is it about to), or its first where it is put while the loop is taken
+    /// out?
     pub fn waits(&self) -> bool {
         self.is_in_loop() || in_refuge(self.host, |_, _| Ok(())).is_ok_and(|found| found.is_some())
     }
@@ -52,27 +53,22 @@ impl Abandoned {
         let Ok(tids) = ProcDir::process(self.host).threads() else {
             return false;
         };
-        tids.into_iter().any(|tid| {
-            let text = ProcDir::thread(self.host, tid).text("syscall").unwrap_or_default();
-            let rip = text
-                .split_ascii_whitespace()
-                .last()
-                .and_then(|word| word.strip_prefix("0x"));
-            let rip = rip.and_then(|word| u64::from_str_radix(word, 16).ok());
-            rip.is_some_and(|rip| self.foothold.arena.is_inside(rip))
-        })
+        let has = |tid| place_of(self.host, tid).is_some_and(|(rip, rsp)| self.foothold.arena.has(rip, rsp));
+        tids.into_iter().any(has)
     }
 
-    /// Lets it run on where it was. One that is stopped stays so.
-    pub fn run_on(self) -> Result<(), CaptureError> {
-        let threads = stop_all(self.host)?;
+    /// Lets it run on where it was. One that is stopped stays so. A thread may be waiting for a page that is elsewhere, in a
+    /// call that it was made to do: for no longer than `patience`.
+    pub fn run_on(self, patience: Duration) -> Result<(), CaptureError> {
+        let threads = stop_all_within(self.host, patience)?;
         let held = self.foothold.arena.held();
         let note = Note::of(&self.foothold);
         let arena = &self.foothold.arena;
         let mut leaders = None;
         let escaped = Refuge::escaped(&Stopped::assume(self.host), self.host)?;
         for thread in &threads {
-            let is_inside = arena.is_inside(thread.registers()?.rip);
+            let now = thread.registers()?;
+            let is_inside = arena.has(now.rip, now.rsp);
             let mask = thread.signal_mask()?;
             let before = held.iter().find(|held| held.tid == thread.tid());
             let before = before.filter(|_| is_inside || mask == SCRIPT_MASK || mask == u64::MAX);
@@ -81,36 +77,45 @@ impl Abandoned {
                     Some(escaped) => (true, mask, Some(escaped)),
                     None => (is_inside, mask, before),
                 });
-            } else if let Some(before) = before {
-                put_back(thread, before, is_inside)?;
+            } else {
+                if !is_inside {
+                    make_again(thread, self.host)?;
+                }
+                if let Some(before) = before {
+                    put_back(thread, before, is_inside)?;
+                }
             }
         }
         let (is_inside, mask, before) = leaders.ok_or(CaptureError::Gone)?;
         let leader = Stopped::assume(self.host);
         let now = leader.registers()?;
-        leader.set_signal_mask(SCRIPT_MASK)?;
         let again = super::made_again(&now).unwrap_or(now);
         let (registers, mask) = match before {
             Some(before) if is_inside => (before.registers, before.mask),
             Some(before) => (again, before.mask),
             None => (again, mask),
         };
-        let held = Held {
+        let it = Held {
             tid: self.host,
             mask,
             registers,
         };
+        if before.is_none() {
+            // Its mask is not what it was from here on until it is in its refuge.
+            arena.hold(held.len(), &it);
+        }
+        leader.set_signal_mask(SCRIPT_MASK)?;
         let mut trodden = None;
         if let Some(refuge) = Refuge::find(self.host, self.foothold.syscall_at)? {
-            trodden = refuge.enter(&leader, self.host, &held, Others::Stopped)?;
+            trodden = refuge.enter(&leader, self.host, &it, Others::Stopped)?;
         }
         let leader = note.trap.put_back(leader, &self.foothold, &note.actions())?;
         let leader = self.close_what_is_in_hand(leader)?;
         // The loop with them.
         let leader = clear_away(leader, self.host, self.foothold.syscall_at)?;
-        leader.set_signal_mask(held.mask)?;
+        leader.set_signal_mask(it.mask)?;
         // The registers come last: until they are set it is in the refuge.
-        leader.set_registers(&held.registers)?;
+        leader.set_registers(&it.registers)?;
         if let Some(trodden) = trodden {
             trodden.smooth(self.host);
         }
@@ -157,6 +162,50 @@ impl Abandoned {
             });
         }
         leave_image(self.foothold, self.host, threads, pending, false)
+    }
+}
+
+/// The instruction and stack pointers of a thread that nobody traces. One that runs, perhaps on its way to where it will
+/// wait, is stopped for a moment.
+fn place_of(host: i32, tid: i32) -> Option<(u64, u64)> {
+    let text = ProcDir::thread(host, tid).text("syscall").ok()?;
+    let mut words = text.split_ascii_whitespace().rev();
+    let mut word = || u64::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok();
+    if let (Some(rip), Some(rsp)) = (word(), word()) {
+        return Some((rip, rsp));
+    }
+    let running = seize_released(tid).ok()??;
+    let (thread, _) = running.stop(Instant::now() + PATIENCE).ok()?;
+    let now = thread.registers().ok()?;
+    make_again(&thread, host).ok()?;
+    thread.detach(0).ok()?;
+    Some((now.rip, now.rsp))
+}
+
+/// A stopped thread of the program makes a call again that the stop has ended, unless a signal would have.
+fn make_again(thread: &Stopped, host: i32) -> Result<(), CaptureError> {
+    let Some(again) = super::made_again(&thread.registers()?) else {
+        return Ok(());
+    };
+    let leader_mask = ProcDir::process(host).status().map_or(0, |status| status.blocked);
+    if !super::ended::is_signalled(host, thread.tid(), thread.signal_mask()?, leader_mask) {
+        thread.set_registers(&again)?;
+    }
+    Ok(())
+}
+
+/// Seizes a thread that the dead daemon may be about to let go of; `None` if somebody else has it: a debugger.
+fn seize_released(tid: i32) -> Result<Option<Running>, CaptureError> {
+    const LETS_GO_WITHIN: Duration = Duration::from_millis(200);
+    let deadline = Instant::now() + LETS_GO_WITHIN;
+    loop {
+        match Running::seize(tid, Options::default()) {
+            Err(TraceError::Refused { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(TraceError::Refused { .. }) => return Ok(None),
+            other => return Ok(Some(other?)),
+        }
     }
 }
 
@@ -216,23 +265,13 @@ fn in_refuge<T>(
     if has_ended || !text.starts_with("running") && !text.starts_with("-1 ") {
         return Ok(None);
     }
-    // The dead daemon's thread lets go of it last of all.
-    const LETS_GO_WITHIN: Duration = Duration::from_millis(200);
-    let deadline = Instant::now() + LETS_GO_WITHIN;
-    let running = loop {
-        match Running::seize(host, Options::default()) {
-            Err(TraceError::Refused { .. }) if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            // Somebody else's: a debugger's.
-            Err(TraceError::Refused { .. }) => return Ok(None),
-            other => break other?,
-        }
+    let Some(running) = seize_released(host)? else {
+        return Ok(None);
     };
     let (thread, _) = running.stop(Instant::now() + PATIENCE)?;
     let done = match Refuge::escaped(&thread, host) {
         Ok(Some(held)) => work(&thread, &held).map(Some),
-        Ok(None) => Ok(None),
+        Ok(None) => make_again(&thread, host).map(|()| None),
         Err(error) => Err(error.into()),
     };
     thread.detach(0)?;
@@ -248,8 +287,12 @@ fn put_back(thread: &Stopped, before: &Held, is_inside: bool) -> Result<(), Capt
 
 /// Stops all threads of a process, whose former tracer may still be about to vanish.
 pub fn stop_all(host: i32) -> Result<Vec<Stopped>, CaptureError> {
+    stop_all_within(host, PATIENCE)
+}
+
+fn stop_all_within(host: i32, patience: Duration) -> Result<Vec<Stopped>, CaptureError> {
     const EPERM: i32 = 1;
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience;
     let mut stopped: Vec<Stopped> = Vec::new();
     loop {
         let mut new = false;

@@ -8,11 +8,12 @@ use super::outgoing::Outgoing;
 use super::party::children_of;
 use super::records::Left;
 use crate::capture::CaptureError;
-use crate::capture::held::Abandoned;
+use crate::capture::held::{Abandoned, PATIENCE};
 use crate::page_server::NewImage;
 use dunlin_proto::ids::Pid;
 use dunlin_sys::procfs::ProcDir;
 use std::fs::File;
+use std::time::Duration;
 
 impl Outgoing<'_> {
     /// The move came to nothing: it runs on here.
@@ -91,13 +92,18 @@ impl Outgoing<'_> {
 impl Mover {
     /// Lets a process run on that a former daemon held. Nothing to do if it runs already.
     pub(super) fn let_run_on(&self, pid: Pid, host: i32) {
+        self.let_run_on_within(pid, host, PATIENCE);
+    }
+
+    /// The same, where it may first have to wait for pages.
+    pub(super) fn let_run_on_within(&self, pid: Pid, host: i32, patience: Duration) {
         match crate::sockets::recovery::put_back(host) {
             Ok(0) => {}
             Ok(sockets) => tracing::info!(%pid, sockets, "sockets of a process that was held go on"),
             Err(error) => tracing::error!(%pid, %error, "sockets of a process that was held"),
         }
         let done = Abandoned::find(pid, host).and_then(|found| match found {
-            Some(abandoned) => abandoned.run_on(),
+            Some(abandoned) => abandoned.run_on(patience),
             None => Ok(()),
         });
         match done {

@@ -19,7 +19,7 @@ use dunlin_proto::ids::{ImageId, MoveId, RunId, Slot};
 use dunlin_proto::image::Plan;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 impl Incoming {
     pub(super) fn resume(&mut self) {
@@ -71,18 +71,25 @@ impl Incoming {
 
     /// Lets those run that a former daemon has rebuilt.
     fn resume_waiting(&mut self) {
+        /// Whoever has the pages may have to be started again, too.
+        const PATIENCE: Duration = Duration::from_secs(60);
         for (place, space) in std::mem::take(&mut self.waiting) {
             let (mover, pid) = (&self.mover, place.pid);
+            // One that the former daemon was about to resume is known already, and is served.
+            let is_known = mover.arrivals.get(pid).is_some();
             mover.remember_arrival(&place.arrival);
             mover.hidden.remove(pid);
-            let arrived = mover.recover_arrival(place.arrival);
+            let arrived = match is_known {
+                true => Ok(None),
+                false => mover.recover_arrival(place.arrival),
+            };
             if let Some(space) = space {
                 mover.adopt_again(pid, space);
             }
             mover.log("unregistering a surrogate", mover.nest.unregister_surrogate(pid));
             let spoken = crate::sockets::recovery::speak(&mover.edge, place.host, &place.sockets);
             mover.log("letting sockets of a former daemon go on", spoken);
-            mover.let_run_on(pid, place.host);
+            mover.let_run_on_within(pid, place.host, PATIENCE);
             match arrived {
                 Ok(None) => {}
                 Ok(Some(ended)) => mover.vanished(ended),
