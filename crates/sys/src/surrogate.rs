@@ -130,7 +130,7 @@ std::arch::global_asm!(
     "cmp rax, -4", // EINTR
     "je 5b",
     "ret",
-    // After a clone: it begins anew, and its child, which shares its stack, was never anything.
+    // After a clone: it begins anew; its child, which shares its stack, was never anything.
     "dunlin_surrogate_born:",
     "test eax, eax",
     "jz dunlin_surrogate_unborn",
@@ -143,10 +143,11 @@ std::arch::global_asm!(
     "syscall",
     "xor r15d, r15d",
     "jmp 6b",
+    // It waits: its end would be told as that of whom its number is. Whoever comes next ends it.
     "dunlin_surrogate_unborn:",
-    "mov eax, 60",
-    "xor edi, edi",
+    "mov eax, 34", // pause
     "syscall",
+    "jmp dunlin_surrogate_unborn",
     ".balign 8",
     "dunlin_surrogate_length: .long 0",
     "dunlin_surrogate_address: .space 112",
@@ -262,8 +263,8 @@ pub fn secure(thread: &Stopped, process: i32) -> io::Result<Option<Registers>> {
     Ok(Some(before))
 }
 
-/// Readies a secured surrogate for a clone: its child, should the tracer die, ends, as it shares the memory. Hands back
-/// its registers, for calls of other kinds.
+/// Readies a secured surrogate for a clone: its child, should the tracer die, waits for ever and touches nothing, as it
+/// shares the memory. Hands back its registers, for calls of other kinds.
 pub fn secure_for_clone(thread: &Stopped) -> io::Result<Registers> {
     let before = thread.registers().map_err(io::Error::other)?;
     let rsp = before.rsp + NEXT;
@@ -472,6 +473,56 @@ mod tests {
             };
             assert_eq!((from, number_of(&info)), (pid, libc::SIGUSR1));
         }
+    }
+
+    #[test]
+    fn a_child_whose_tracer_dies_before_it_is_a_surrogate_waits_and_is_not_told_of() {
+        let (socket, program) = set_up("unborn");
+        let (pid, _ended) = start(&program);
+        spawn::kill(pid, libc::SIGTERM, 0).unwrap();
+        next(&socket);
+        // As if it had died between the clone and what comes after it.
+        std::thread::spawn(move || {
+            let soon = Instant::now() + Duration::from_secs(10);
+            let running = Running::seize(pid, Options::default()).unwrap();
+            let (thread, _) = running.stop(soon).unwrap();
+            let at = syscall_instruction(&ProcDir::process(pid)).unwrap();
+            secure(&thread, pid).unwrap().unwrap();
+            secure_for_clone(&thread).unwrap();
+            let secured = thread.registers().unwrap();
+            let call = Registers {
+                rip: at,
+                rax: libc::SYS_clone as u64,
+                orig_rax: u64::MAX,
+                rdi: (libc::CLONE_VM | libc::SIGCHLD) as u64,
+                rsi: 0,
+                rdx: 0,
+                r10: 0,
+                r8: 0,
+                ..secured
+            };
+            thread.set_registers(&call).unwrap();
+        })
+        .join()
+        .unwrap();
+        spawn::kill(pid, libc::SIGUSR1, 0).unwrap();
+        let Report::Signal(info) = next(&socket).1 else {
+            panic!("its child is told of")
+        };
+        assert_eq!(number_of(&info), libc::SIGUSR1);
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        let child: i32 = children.trim().parse().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let waits = || ProcDir::process(child).text("syscall").unwrap().starts_with("34 ");
+        while !waits() {
+            assert!(Instant::now() < deadline, "it does not wait");
+        }
+        spawn::kill(child, libc::SIGKILL, 0).unwrap();
+        let is_end = |report: Report| match report {
+            Report::Child(info) => (number(&info, 8), number(&info, 24)) == (libc::CLD_KILLED, libc::SIGKILL),
+            Report::Signal(_) => false,
+        };
+        while !is_end(next(&socket).1) {}
     }
 
     #[test]

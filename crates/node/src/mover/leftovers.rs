@@ -158,13 +158,19 @@ impl Mover {
                 };
                 self.hidden.insert(pid, kind);
                 self.hidden.is_stopped(pid, is_stopped(host) == Some(true));
+                if kind == HiddenKind::Leaving
+                    && let Some(host) = rustix::process::Pid::from_raw(host)
+                {
+                    let ended = rustix::process::kill_process(host, rustix::process::Signal::KILL);
+                    self.log("ending what was to become a surrogate", ended.map_err(io::Error::from));
+                }
             }
         }
     }
 }
 
-/// A child of a surrogate that the last daemon had not made one of its own yet: it shares its parent's memory, and ends by
-/// itself. Its end is nobody's.
+/// A child of a surrogate that the last daemon had not made one of its own yet: it shares its parent's memory, and waits.
+/// Its end is nobody's.
 fn is_unborn(host: i32) -> bool {
     let status = ProcDir::process(host).status();
     status.is_ok_and(|status| inspect::shares((host, status.ppid), Sharing::Memory).unwrap_or(false))

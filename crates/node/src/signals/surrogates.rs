@@ -15,6 +15,7 @@ use crate::processes::HiddenKind;
 use dunlin_proto::control::{ExitStatus, FailureKind};
 use dunlin_proto::ids::{Pid, Slot};
 use dunlin_proto::peer::{Caller, Change, PeerReply, PeerRequest};
+use dunlin_sys::procfs::ProcDir;
 use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -119,6 +120,8 @@ fn pass_on(node: &Arc<Node>, pid: Pid, signal: i32, info: Option<&[u8; 128]>, or
 /// Somebody killed a surrogate by SIGKILL, which it could not take: the process is to end, too.
 fn gone(node: &Arc<Node>, pid: Pid) {
     match node.hidden.kind(pid) {
+        // What that is may be said of a later task of this number, which lives.
+        Some(HiddenKind::Departed | HiddenKind::Relative) if lives(node, pid) => {}
         Some(HiddenKind::Departed | HiddenKind::Relative) => {
             // Known as dead here while its process dies where it is: see `notified`.
             node.hidden.is_killed(pid);
@@ -136,14 +139,13 @@ fn child(node: &Arc<Node>, parent: Pid, info: &[u8; 128]) {
     if let Some(kind) = node.hidden.kind(child) {
         // A surrogate that did what its process had done elsewhere: it was told from there. Or what a move has left, or
         // not begun with. A kind that only lives may be that of a later task of this number.
-        let lives = || node.nest.host_pid(child).is_ok_and(|host| host.is_some());
         match (change, kind) {
             (Change::Ended(_), HiddenKind::Leaving | HiddenKind::Keeper) => {
                 node.hidden.remove(child);
                 return;
             }
             // The child itself was here, and its parent comes before this news of it: by what it knows, the child lives.
-            (Change::Ended(_), HiddenKind::Relative) if lives() => {}
+            (Change::Ended(_), HiddenKind::Relative) if lives(node, child) => {}
             (Change::Ended(_) | Change::Stopped | Change::Continued, _) => return,
         }
     }
@@ -193,6 +195,13 @@ fn child(node: &Arc<Node>, parent: Pid, info: &[u8; 128]) {
         thread::sleep(TELL_AGAIN_AFTER);
     }
     tracing::warn!("process {parent} does not hear of its child {child}: it could not be reached");
+}
+
+/// Is there a task of this number that has not ended?
+fn lives(node: &Node, pid: Pid) -> bool {
+    let host = node.nest.host_pid(pid).ok().flatten();
+    host.and_then(|host| ProcDir::process(host).stat().ok())
+        .is_some_and(|stat| !matches!(stat.state, 'Z' | 'X'))
 }
 
 /// A surrogate that was made for a child which had ended here ends, too, and its parent is told so.
