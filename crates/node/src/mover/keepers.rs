@@ -9,6 +9,7 @@ use crate::capture::{SCRIPT_MASK, made_again};
 use crate::processes::HiddenKind;
 use dunlin_proto::ids::{MoveId, Pid};
 use dunlin_sys::foothold::syscall_instruction;
+use dunlin_sys::pidfd;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::{Options, Running};
 use dunlin_sys::refuge::{Others, Refuge};
@@ -16,6 +17,7 @@ use dunlin_sys::script::Held;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{PidfdFlags, Signal};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 /// A keeper without an image.
@@ -68,11 +70,26 @@ impl Mover {
             Some(HiddenKind::Blank) => Err(io::ErrorKind::ResourceBusy.into()),
             Some(_) => {
                 let parent = rustix::process::Pid::from_raw(status.ppid).ok_or(io::ErrorKind::InvalidInput)?;
-                Ok(rustix::process::kill_process(parent, Signal::CHILD)?)
+                rustix::process::kill_process(parent, Signal::CHILD)?;
+                // If it becomes the process again just now, it looks no more.
+                until_reaped(&pidfd)
             }
             None => reap(status.ppid, number),
         }
     }
+}
+
+/// Waits a moment for a surrogate to reap a child that has ended.
+fn until_reaped(pidfd: &OwnedFd) -> io::Result<()> {
+    const PATIENCE: Duration = Duration::from_millis(50);
+    let deadline = Instant::now() + PATIENCE;
+    while pidfd::send(pidfd, 0, None).is_ok() {
+        if Instant::now() > deadline {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
 }
 
 /// Has a program wait for a child that only __WALL shows it.
