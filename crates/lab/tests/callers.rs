@@ -4,6 +4,7 @@ mod support;
 
 use dunlin_lab::harness::{NotMoved, request};
 use dunlin_lab::{Lab, Options};
+use std::sync::mpsc::channel;
 use support::Workshop;
 use support::obedient::{Obedient, obedient_spec};
 use support::outside::{Outside, PYTHON, addresses, nothing_was_broken};
@@ -227,14 +228,31 @@ fn killed(name: &str, of_source: bool, stride: u64) {
         }
         let pid = server.pid.to_string();
         let words = ["--node", "n3", "move", &pid, to, "--wait", "resumed"];
+        let fused = lab.daemon(dies);
         let (moved, survived) = std::thread::scope(|scope| {
-            let moving = scope.spawn(|| lab.dunlin(&words));
-            while !moving.is_finished() && lab.daemon(dies).is_some() {
-                std::thread::sleep(std::time::Duration::from_millis(1));
+            // Whichever comes first: the daemon's end, or the move's.
+            let (over, first) = channel();
+            let daemon_is = over.clone();
+            if let Some(daemon) = fused {
+                scope.spawn(move || {
+                    daemon.until_ended();
+                    let _ = daemon_is.send(());
+                });
             }
-            let survived = lab.daemon(dies).is_some();
-            if survived {
-                lab.signal_daemon(dies, 9);
+            let (lab, words) = (&lab, &words);
+            let moving = scope.spawn(move || {
+                let moved = lab.dunlin(words);
+                let _ = over.send(());
+                moved
+            });
+            if fused.is_some() {
+                first.recv().expect("both tell of their end");
+            }
+            let survived = fused.is_some_and(|daemon| daemon.is_alive());
+            // It may be at its last step just now.
+            if let Some(daemon) = fused {
+                daemon.kill();
+                daemon.until_ended();
             }
             lab.start_daemon(dies);
             (moving.join().unwrap().status.success(), survived)

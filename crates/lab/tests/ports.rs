@@ -6,6 +6,9 @@ mod support;
 use dunlin_lab::harness::Run;
 use dunlin_lab::{Lab, Options};
 use rustix::process::Signal;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 use support::Workshop;
 use support::obedient::Obedient;
@@ -40,21 +43,34 @@ impl Scene {
         of_port.map(|e| e["node"].as_str().unwrap().to_owned()).collect()
     }
 
-    /// Waits until the gateway steers a port to these.
+    /// Waits until the gateway steers a port to nobody any more.
     #[track_caller]
-    fn until_steered(&self, port: u16, to: &[&str]) {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        loop {
-            let found = self.steered(port);
-            if found == to {
-                return;
+    fn until_not_steered(&self, port: u16) {
+        let mut command = Command::new(dunlin_lab::harness::binary_under_test());
+        command.args(["--lab", self.lab.name(), "gateway", "--watch", "--json"]);
+        let mut watch = command.stdout(Stdio::piped()).spawn().expect("a watch of the gateway");
+        let changes = BufReader::new(watch.stdout.take().expect("its output"));
+        let (sender, lines) = channel();
+        let reader = std::thread::spawn(move || {
+            for line in changes.lines().map_while(Result::ok) {
+                let _ = sender.send(line);
             }
-            assert!(
-                Instant::now() < deadline,
-                "port {port} is steered to {found:?}, not to {to:?}"
-            );
-            std::thread::sleep(Duration::from_millis(20));
+        });
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut said = Vec::new();
+        // Looked at once more when the watch is known to run: it may be gone already, which is no change.
+        while !self.steered(port).is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match lines.recv_timeout(left) {
+                Ok(line) => said.push(line),
+                Err(_) => break,
+            }
         }
+        let found = self.steered(port);
+        watch.kill().expect("an end of the watch");
+        watch.wait().expect("its end");
+        reader.join().expect("all of its output");
+        assert!(found.is_empty(), "port {port} is still steered to {found:?}: {said:?}");
     }
 }
 
@@ -78,7 +94,7 @@ fn a_port_is_bound_on_one_node_until_it_is_closed() {
     assert_eq!(listen(&mut two, PORT), "None");
     assert_eq!(scene.steered(PORT), ["n2"]);
     two.ask("s.close()");
-    scene.until_steered(PORT, &[]);
+    scene.until_not_steered(PORT);
 }
 
 #[test]

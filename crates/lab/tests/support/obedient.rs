@@ -1,12 +1,15 @@
 //! A program that does what a scenario tells it, wherever it is: Python, told by files that all nodes see.
 //!
-//! Owns the way of an order and of its answer. Refuses to know what they mean.
+//! Owns the way of an order and of its answer. Refuses to know what they mean. An answer is waited for by inotify(7), as the
+//! directory is this machine's own.
 
 use super::{Workshop, program, spec_in};
 use dunlin_lab::Lab;
 use dunlin_lab::harness::Run;
 use dunlin_proto::control::RunSpec;
 use dunlin_proto::ids::Pid;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -95,12 +98,22 @@ impl Obedient {
     /// Waits for so long for the answer to the last order.
     pub fn answer_within(&self, patience: Duration) -> Option<String> {
         let deadline = Instant::now() + patience;
+        let written = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).expect("inotify");
+        let events = WatchFlags::CREATE | WatchFlags::MODIFY;
+        inotify::add_watch(&written, &self.dir, events).expect("a watch of the workshop");
         loop {
             let answer = self.answered();
-            if answer.is_some() || Instant::now() >= deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if answer.is_some() || left.is_zero() {
                 return answer;
             }
-            std::thread::sleep(Duration::from_millis(2));
+            let left = Timespec {
+                tv_sec: left.as_secs() as i64,
+                tv_nsec: left.subsec_nanos().into(),
+            };
+            let _ = poll(&mut [PollFd::new(&written, PollFlags::IN)], Some(&left));
+            // What was written is read by the next look.
+            while rustix::io::read(&written, &mut [0; 4096]).is_ok() {}
         }
     }
 
