@@ -71,7 +71,7 @@ impl Abandoned {
             let is_inside = arena.has(now.rip, now.rsp);
             let mask = thread.signal_mask()?;
             let before = held.iter().find(|held| held.tid == thread.tid());
-            let before = before.filter(|_| is_inside || mask == SCRIPT_MASK || mask == u64::MAX);
+            let before = before.filter(|_| is_inside || is_ours(mask));
             if thread.tid() == self.host {
                 leaders = Some(match &escaped {
                     Some(escaped) => (true, mask, Some(escaped)),
@@ -163,6 +163,12 @@ impl Abandoned {
         }
         leave_image(self.foothold, self.host, threads, pending, false)
     }
+}
+
+/// Is this the mask of a thread that is made to do something? The kernel lets nobody block SIGKILL and SIGSTOP.
+fn is_ours(mask: u64) -> bool {
+    const NEVER: u64 = 1 << 8 | 1 << 18;
+    [SCRIPT_MASK, u64::MAX].contains(&(mask | NEVER))
 }
 
 /// The instruction and stack pointers of a thread that nobody traces. One that runs, perhaps on its way to where it will
@@ -373,5 +379,16 @@ impl Note {
     /// A table of actions in which that of SIGTRAP is right.
     fn actions(&self) -> Vec<[u64; 4]> {
         vec![self.action; 5]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mask_is_ours_as_the_kernel_tells_it() {
+        assert!(is_ours(0xffff_ffff_fffb_feef) && is_ours(0xffff_ffff_fffb_feff));
+        assert!(!is_ours(0) && !is_ours(0x1_0000));
     }
 }
