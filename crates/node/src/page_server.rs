@@ -54,6 +54,9 @@ pub enum ServeError {
     /// The connection broke. Claims stay; the client will come again.
     #[error("page connection: {0}")]
     Connection(#[from] std::io::Error),
+    /// The image is to come: the client hears nothing of that, and comes again.
+    #[error("page connection: image {0:?} is not here yet")]
+    NotYet(ImageId),
     /// The client asked for an image that is not here.
     #[error("page connection: there is no image {0:?} here; hint: it was released, or this daemon was restarted")]
     UnknownImage(ImageId),
@@ -81,6 +84,8 @@ pub enum ServeError {
 #[derive(Clone, Default)]
 pub struct ImageStore {
     images: Arc<Mutex<BTreeMap<ImageId, Held>>>,
+    /// Those of a former daemon that are still to be made: who asks for one must not take it for released.
+    coming: Arc<Mutex<BTreeSet<ImageId>>>,
 }
 
 struct Held {
@@ -112,7 +117,19 @@ impl ImageStore {
             pages_sent: Arc::default(),
             on_unused: new.on_unused,
         };
-        self.lock().insert(new.id, held);
+        let id = new.id;
+        self.lock().insert(id, held);
+        self.will_not_come(id);
+    }
+
+    /// An image that a former daemon had promised will be registered, or [will not](Self::will_not_come).
+    pub fn will_come(&self, id: ImageId) {
+        self.coming().insert(id);
+    }
+
+    /// It is here, or was released before.
+    pub fn will_not_come(&self, id: ImageId) {
+        self.coming().remove(&id);
     }
 
     /// From now on the image's memory is also that of this process, which stays: see [`NewImage::keeper`].
@@ -134,6 +151,7 @@ impl ImageStore {
     /// Forgets an image without calling back, whoever claims it: its process runs here again, or the move was aborted.
     /// Connections that use it keep its files open until they end. Returns whether there was one.
     pub fn remove(&self, id: ImageId) -> bool {
+        self.will_not_come(id);
         self.lock().remove(&id).is_some()
     }
 
@@ -187,6 +205,10 @@ impl ImageStore {
             Claims::By(clients) => drop(clients.insert(client)),
         }
         Some((held.image.clone(), held.pages_sent.clone()))
+    }
+
+    fn coming(&self) -> std::sync::MutexGuard<'_, BTreeSet<ImageId>> {
+        self.coming.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<ImageId, Held>> {

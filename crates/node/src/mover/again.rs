@@ -30,7 +30,13 @@ impl Outgoing<'_> {
     pub(super) fn leave_left(&mut self) {
         let mut left = std::mem::take(&mut self.left);
         let leaving: Vec<i32> = left.iter().map(|left| left.host).collect();
-        left.retain(|one| !self.leave_again(one, &leaving));
+        left.retain(|one| {
+            let is_left = self.leave_again(one, &leaving);
+            if let Some(image) = one.image.filter(|_| is_left) {
+                self.mover.images.will_not_come(image);
+            }
+            !is_left
+        });
         self.left = left;
     }
 

@@ -185,6 +185,14 @@ impl Mover {
         }
         let (sender, words) = channel();
         lock(&self.sources).insert(id, sender);
+        // Who needs them may ask before they are made.
+        for left in &source.left {
+            if let Some(image) = left.image
+                && !images.iter().any(|(known, _)| known.id == image)
+            {
+                self.images.will_come(image);
+            }
+        }
         for (image, keeper) in &images {
             let open = |name: &str| File::open(ProcDir::process(*keeper).path(name));
             let (mover, pid, destination) = (self.arc(), image.pid, record.plan.destination);

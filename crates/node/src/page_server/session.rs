@@ -34,7 +34,12 @@ pub(super) fn serve(store: &ImageStore, mut stream: TcpStream) -> Result<(), Ser
     stream.read_exact(&mut hello)?;
     let hello = Hello::decode(&hello).map_err(io::Error::from)?;
     stream.set_read_timeout(None)?;
+    // Looked at before: one that comes meanwhile is in neither place for no moment.
+    let is_coming = store.coming().contains(&hello.image);
     let Some((image, sent)) = store.claim(hello.image, hello.client) else {
+        if is_coming {
+            return Err(ServeError::NotYet(hello.image));
+        }
         stream.write_all(&Welcome::UnknownImage.encode())?;
         return Err(ServeError::UnknownImage(hello.image));
     };
