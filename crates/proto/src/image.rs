@@ -6,9 +6,11 @@
 
 mod descriptors;
 mod socket;
+mod space;
 
 pub use descriptors::*;
 pub use socket::*;
+pub use space::*;
 
 use crate::ids::Pid;
 use serde::{Deserialize, Serialize};
@@ -133,98 +135,6 @@ pub struct FileRef {
     pub mode: u32,
     /// Its inode number: the same on every node of a shared file system.
     pub inode: u64,
-}
-
-/// An address space without its pages.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Space {
-    /// Code, data, heap, stack, arguments, environment: start_code, end_code, start_data, end_data, start_brk, brk,
-    /// start_stack, arg_start, arg_end, env_start, env_end.
-    pub layout: [u64; 11],
-    /// The auxiliary vector.
-    pub auxv: Vec<u8>,
-    /// The program.
-    pub exe: FileRef,
-    /// The files that mappings name by index.
-    pub files: Vec<FileRef>,
-    /// The mappings, ascending.
-    pub mappings: Vec<Mapping>,
-    /// A hash of the vDSO's bytes: code of another kernel build cannot stand in for it.
-    pub vdso_hash: [u8; 32],
-}
-
-/// One mapping.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mapping {
-    /// First address.
-    pub start: u64,
-    /// Address after the last.
-    pub end: u64,
-    /// PROT_READ, PROT_WRITE, PROT_EXEC.
-    pub protection: u32,
-    /// What is behind it.
-    pub kind: MappingKind,
-    /// The flags of `VmFlags` that were set by madvise(2), mlock(2) or mmap(2), two letters each.
-    pub flags: Vec<[u8; 2]>,
-    /// Its PR_SET_VMA_ANON_NAME.
-    pub name: Option<Vec<u8>>,
-}
-
-/// What is behind a mapping.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum MappingKind {
-    /// Private anonymous memory: its pages are demand-paged.
-    Anonymous,
-    /// A private mapping of a file: pages that the program wrote travel before the resume.
-    PrivateFile {
-        /// Which of [`Space::files`].
-        file: u32,
-        /// Where it begins in the file.
-        offset: u64,
-    },
-    /// A shared mapping of a file that both nodes see.
-    SharedFile {
-        /// Which of [`Space::files`].
-        file: u32,
-        /// Where it begins in the file.
-        offset: u64,
-        /// The file must be opened for writing.
-        writable: bool,
-    },
-    /// Memory without a name that several processes may share (MAP_SHARED with MAP_ANONYMOUS).
-    SharedMemory {
-        /// Which: the same number in all processes of a move.
-        memory: u64,
-        /// Where it begins in that memory.
-        offset: u64,
-        /// The length of the whole memory, in bytes.
-        length: u64,
-    },
-    /// Private memory of explicit huge pages (MAP_HUGETLB): what the program wrote travels before the resume.
-    HugePages {
-        /// The size of one, as a power of two (21: 2 MiB).
-        log2: u32,
-    },
-    /// The kernel's own: `[vdso]`, `[vvar]`, `[vvar_vclock]`, in this order of the letter.
-    Kernel(KernelMapping),
-}
-
-impl MappingKind {
-    /// Do the pages that the program wrote travel before the resume?
-    pub fn is_copied(self) -> bool {
-        matches!(self, MappingKind::PrivateFile { .. } | MappingKind::HugePages { .. })
-    }
-}
-
-/// A mapping that the kernel makes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum KernelMapping {
-    /// The code.
-    Vdso,
-    /// Its data.
-    Vvar,
-    /// Its data for paravirtual clocks (Linux 6.13 and later).
-    VvarClock,
 }
 
 /// Signals and timers of a process.

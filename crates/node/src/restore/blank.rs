@@ -10,7 +10,7 @@ use crate::files::{Use, open_same};
 use crate::install::Wanted;
 use crate::steps;
 use dunlin_proto::ids::Pid;
-use dunlin_proto::image::{Essence, MappingKind, Pages, Plan, ProcessImage};
+use dunlin_proto::image::{Essence, Pages, Plan, ProcessImage};
 use dunlin_sys::foothold::Foothold;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::ptrace::{Options, Registers, Running, Stopped, TraceError};
@@ -581,27 +581,8 @@ fn borrowed_syscall(pid: Pid, dir: &ProcDir) -> Result<u64, RestoreError> {
 /// What a peer sends is checked before any of it is used.
 fn check_sound(pid: Pid, image: &ProcessImage) -> Result<(), RestoreError> {
     let unsound = |why| Err(RestoreError::Unsound { pid, why });
-    let mappings = &image.space.mappings;
-    let ordered = mappings.windows(2).all(|w| w[0].end <= w[1].start);
-    let aligned = mappings
-        .iter()
-        .all(|m| m.start < m.end && m.start.is_multiple_of(4096) && m.end.is_multiple_of(4096));
-    if !ordered || !aligned {
-        return unsound("its mappings overlap or are not whole pages");
-    }
-    let file_of = |kind| match kind {
-        MappingKind::PrivateFile { file, .. } | MappingKind::SharedFile { file, .. } => Some(file),
-        MappingKind::Anonymous
-        | MappingKind::SharedMemory { .. }
-        | MappingKind::HugePages { .. }
-        | MappingKind::Kernel(_) => None,
-    };
-    if mappings
-        .iter()
-        .filter_map(|m| file_of(m.kind))
-        .any(|f| f as usize >= image.space.files.len())
-    {
-        return unsound("a mapping of a file that is not listed");
+    if let Some(why) = image.space.unsound() {
+        return unsound(why);
     }
     if !image.files.is_sound() {
         return unsound("a descriptor of a description that is not listed");

@@ -1,6 +1,10 @@
-//! The address space of a blank: emptied, mapped anew, registered for missing pages, corrected.
+//! The address space of a blank: emptied, mapped anew, registered for missing pages, and inside the freeze corrected.
 //!
 //! Owns every mmap, munmap and mremap of a restore. Refuses to know what the pages hold.
+
+mod correct;
+
+pub use correct::{Remade, correct, drop_pages, drop_stale};
 
 use super::blank::install;
 use super::{Blank, During, Kit, RestoreError};
@@ -15,10 +19,8 @@ use dunlin_sys::ptrace::Stopped;
 use dunlin_sys::script::{ARENA_BYTES, Script};
 use dunlin_sys::uffd::{Features, Uffd, Watch};
 use rustix::fs::OFlags;
-use std::collections::BTreeSet;
 use std::collections::btree_map::Entry;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 
 const SYS_MMAP: i64 = 9;
 const SYS_MUNMAP: i64 = 11;
@@ -386,184 +388,6 @@ pub fn describe(blank: &Blank, space: &Space, exe: Option<i32>) -> Result<(), Re
         script.call("close", SYS_CLOSE, &[exe as u64]);
     }
     blank.run(blank.host, script, "describing its address space")
-}
-
-/// What became of the anonymous memory of a blank: ranges (first address, address after the last).
-#[derive(Debug, Default)]
-pub struct Remade {
-    /// Unmapped, and whatever was there with it.
-    pub gone: Vec<(u64, u64)>,
-    /// Mapped anew, and empty.
-    pub come: Vec<(u64, u64)>,
-}
-
-/// Makes the address space what it is inside the freeze.
-pub fn correct(blank: &mut Blank, space: &Space, kit: &mut Kit<'_>) -> Result<Remade, RestoreError> {
-    let pid = blank.pid;
-    let plain = |m: &&Mapping| !matches!(m.kind, MappingKind::Kernel(_));
-    // Files are compared by what they are, not by their index.
-    let key = |s: &Space, m: &Mapping| match m.kind {
-        MappingKind::PrivateFile { file, offset } | MappingKind::SharedFile { file, offset, .. } => {
-            let file = &s.files[file as usize];
-            Some((file.path.clone(), file.inode, offset))
-        }
-        MappingKind::SharedMemory { memory, offset, .. } => Some((Vec::new(), memory, offset)),
-        MappingKind::HugePages { log2 } => Some((Vec::new(), u64::from(log2), 0)),
-        MappingKind::Anonymous | MappingKind::Kernel(_) => None,
-    };
-    let same = |a: &Mapping, b: &Mapping, old: &Space| {
-        (a.start, a.end, a.protection, &a.flags, &a.name) == (b.start, b.end, b.protection, &b.flags, &b.name)
-            && std::mem::discriminant(&a.kind) == std::mem::discriminant(&b.kind)
-            && key(old, a) == key(space, b)
-    };
-    let old_space = blank.image.space.clone();
-    // Where anonymous memory has only grown or shrunk, what stays of it stays: it may hold pages.
-    let old = cut_at(&old_space.mappings, &space.mappings);
-    let new = cut_at(&space.mappings, &old_space.mappings);
-    let gone: Vec<&Mapping> = old
-        .iter()
-        .filter(plain)
-        .filter(|a| !new.iter().any(|b| same(a, b, &old_space)))
-        .collect();
-    let come: Vec<Mapping> = new
-        .iter()
-        .filter(plain)
-        .filter(|b| !old.iter().any(|a| same(a, b, &old_space)))
-        .cloned()
-        .collect();
-    let ranges = |all: &mut dyn Iterator<Item = &Mapping>| {
-        let anonymous = all.filter(|m| m.kind == MappingKind::Anonymous);
-        anonymous.map(|m| (m.start, m.end)).collect()
-    };
-    let remade = Remade {
-        gone: ranges(&mut gone.iter().copied()),
-        come: ranges(&mut come.iter()),
-    };
-    if space
-        .mappings
-        .iter()
-        .any(|m| m.start < blank.foothold.range().1 && blank.foothold.range().0 < m.end)
-    {
-        return Err(RestoreError::Unsound {
-            pid,
-            why: "a mapping came where the loop is; try again",
-        });
-    }
-    // An unmapping is reported to the userfaultfd, and waits until the report is read.
-    for range in demanded(&old_space.mappings) {
-        blank
-            .uffd
-            .unregister(range.0, range.1 - range.0)
-            .during(pid, "unregistering")?;
-    }
-    let mut script = Script::new(&blank.foothold.arena);
-    for m in &gone {
-        script.call("munmap", SYS_MUNMAP, &[m.start, m.end - m.start]);
-    }
-    blank.run(blank.host, script, "unmapping")?;
-    map(pid, blank.host, blank.leader(), &blank.foothold, space, &come, kit)?;
-    blank.image.space = space.clone();
-    for (start, end) in demanded(&space.mappings) {
-        blank
-            .uffd
-            .register(start, end - start, Watch::MISSING)
-            .during(pid, "registering its memory")?;
-    }
-    // What was written into a mapping that had to be made anew is written again.
-    let inside = |address: u64| come.iter().any(|m| address >= m.start && address < m.end);
-    let pages: Vec<(u64, Vec<u8>)> = blank
-        .file_pages
-        .iter()
-        .filter(|(a, _)| inside(**a))
-        .map(|(a, b)| (*a, b.clone()))
-        .collect();
-    let mapped: Vec<(u64, u64)> = space
-        .mappings
-        .iter()
-        .filter(|m| m.kind.is_copied())
-        .map(|m| (m.start, m.end))
-        .collect();
-    for (address, bytes) in pages {
-        if mapped.iter().any(|(start, end)| address >= *start && address < *end) {
-            blank
-                .memory
-                .write_all_at(&bytes, address)
-                .during(pid, "writing pages of file mappings")?;
-        }
-    }
-    describe(blank, space, None)?;
-    Ok(remade)
-}
-
-/// Anonymous mappings, cut where mappings of `other` begin and end.
-fn cut_at(mappings: &[Mapping], other: &[Mapping]) -> Vec<Mapping> {
-    let borders: BTreeSet<u64> = other.iter().flat_map(|m| [m.start, m.end]).collect();
-    let mut cut = Vec::with_capacity(mappings.len());
-    for m in mappings {
-        let mut rest = m.clone();
-        if m.kind == MappingKind::Anonymous {
-            for border in borders.range(m.start + 1..m.end) {
-                cut.push(Mapping {
-                    end: *border,
-                    ..rest.clone()
-                });
-                rest.start = *border;
-            }
-        }
-        cut.push(rest);
-    }
-    cut
-}
-
-/// Drops pages of anonymous memory (first address, number of pages): they were copied before they were written last.
-/// Nobody serves the blank's memory meanwhile.
-pub fn drop_stale(blank: &Blank, stale: &[(u64, u64)]) -> Result<(), RestoreError> {
-    let regions = demanded(&blank.image.space.mappings);
-    // A drop is reported to the userfaultfd, and waits until the report is read.
-    for (start, end) in &regions {
-        blank
-            .uffd
-            .unregister(*start, end - start)
-            .during(blank.pid, "unregistering")?;
-    }
-    let mut script = Script::new(&blank.foothold.arena);
-    for (start, pages) in stale {
-        if !script.has_room() {
-            blank.run(blank.host, script, "dropping stale pages")?;
-            script = Script::new(&blank.foothold.arena);
-        }
-        let inside = regions.iter().any(|(s, e)| s <= start && start + pages * 4096 <= *e);
-        if inside {
-            script.call("madvise", SYS_MADVISE, &[*start, pages * 4096, MADV_DONTNEED]);
-        }
-    }
-    blank.run(blank.host, script, "dropping stale pages")?;
-    for (start, end) in &regions {
-        blank
-            .uffd
-            .register(*start, end - start, Watch::MISSING)
-            .during(blank.pid, "registering its memory")?;
-    }
-    Ok(())
-}
-
-/// Makes pages of private file mappings the file's own again. A huge page is dropped as a whole, with the first of it.
-pub fn drop_pages(blank: &mut Blank, pages: &[u64]) -> Result<(), RestoreError> {
-    let size_at = |address: u64| {
-        let mut all = blank.image.space.mappings.iter();
-        match all.find(|m| m.start <= address && address < m.end)?.kind {
-            MappingKind::PrivateFile { .. } => Some(4096),
-            MappingKind::HugePages { log2 } => Some(1u64.checked_shl(log2)?),
-            _ => None,
-        }
-    };
-    let mut script = Script::new(&blank.foothold.arena);
-    for page in pages {
-        if let Some(size) = size_at(*page).filter(|size| page.is_multiple_of(*size)) {
-            script.call("madvise", SYS_MADVISE, &[*page, size, MADV_DONTNEED]);
-        }
-    }
-    blank.run(blank.host, script, "dropping pages of file mappings")
 }
 
 /// Seals what was sealed; nothing can be changed there afterwards.
