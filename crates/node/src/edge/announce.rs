@@ -236,6 +236,10 @@ fn look(edge: &Edge, own: Slot) -> Result<(), super::EdgeError> {
             continue;
         }
         inner.news.board().ports.remove(&endpoint);
+        // It has moved, of which its hand-over tells: it may come back before a peer hears that it was closed here.
+        if edge.holder(&endpoint)?.is_some_and(|node| node != own) {
+            continue;
+        }
         forget_of(edge, endpoint, own)?;
         news.push(SocketNews::Closed { endpoint });
     }
