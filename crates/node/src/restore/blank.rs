@@ -126,11 +126,12 @@ impl Blank {
             .during(pid, "opening its memory")?;
         // Should this daemon die, an entry that stands for a process waits here, from the first script on.
         Note::blank(&plan.image.signals.actions).leave(&foothold);
-        let (thread, foothold) = mappings::clear(pid, host, thread, foothold, &plan.image.space)?;
         let registers = thread.registers().during(pid, "reading registers")?;
         thread
             .set_registers(&parked(&foothold, &registers))
             .during(pid, "parking the blank")?;
+        // After it, too, it is parked: what it was before leads into memory that is gone then.
+        let (thread, foothold) = mappings::clear(pid, host, thread, foothold, &plan.image.space)?;
         mappings::map(
             pid,
             host,
