@@ -134,6 +134,13 @@ impl Traveller {
             found.len() == pids.len() && found.iter().all(|node| *node == found[0])
         });
         self.at = found.remove(0);
+        // Wherever it is, its home has an entry of each.
+        let entries = nest_of(&self.lab, NODES[0]);
+        assert!(
+            pids.iter().all(|pid| entries.contains(pid)),
+            "of {pids:?} {} has only {entries:?}: {when}",
+            NODES[0]
+        );
         for i in 0..self.family.len() {
             let digest = self.ask(i, "hashlib.sha256(memory).hexdigest()", when);
             let name = self.family[i].0.clone();
@@ -240,7 +247,12 @@ impl Traveller {
                 first.recv().expect("both tell of their end");
             }
             let lives = fused.is_some_and(|daemon| daemon.is_alive());
-            for node in with_it.into_iter().chain(lives.then_some(killed)) {
+            // It may be at its last step just now.
+            if let Some(daemon) = fused {
+                daemon.kill();
+                daemon.until_ended();
+            }
+            if let Some(node) = with_it {
                 lab.signal_daemon(node, 9);
             }
             lab.start_daemons(&with_it.into_iter().chain([killed]).collect::<Vec<_>>());
