@@ -141,6 +141,17 @@ impl Traveller {
             "of {pids:?} {} has only {entries:?}: {when}",
             NODES[0]
         );
+        for pid in &pids {
+            let deadline = Instant::now() + PATIENCE;
+            // A daemon may still be at it.
+            loop {
+                let masks = blocked_signals(&self.lab, &self.at, *pid);
+                if masks.iter().all(|mask| mask == "0000000000000000") {
+                    break;
+                }
+                assert!(Instant::now() < deadline, "{pid} blocks {masks:?}: {when}");
+            }
+        }
         for i in 0..self.family.len() {
             let digest = self.ask(i, "hashlib.sha256(memory).hexdigest()", when);
             let name = self.family[i].0.clone();
@@ -298,6 +309,17 @@ fn numbers_in(directory: &str) -> Vec<i32> {
 fn nest_of(lab: &Lab, node: &str) -> Vec<Pid> {
     let numbers = numbers_in(&format!("/proc/{}/root/proc", init_of(lab, node)));
     numbers.into_iter().filter(|number| *number > 1).map(Pid).collect()
+}
+
+/// The signals that each thread of a process blocks.
+fn blocked_signals(lab: &Lab, node: &str, pid: Pid) -> Vec<String> {
+    let tasks = format!("/proc/{}/root/proc/{pid}/task", init_of(lab, node));
+    let masks = numbers_in(&tasks).into_iter().filter_map(|tid| {
+        let status = std::fs::read_to_string(format!("{tasks}/{tid}/status")).ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("SigBlk:"))?;
+        Some(line.trim().to_owned())
+    });
+    masks.collect()
 }
 
 fn descriptors_of_init(lab: &Lab, node: &str) -> usize {
