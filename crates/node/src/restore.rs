@@ -7,6 +7,7 @@
 //! program runs before [`Blank::resume`]; dropping a blank before ends nothing: the caller decides what becomes of
 //! its task, which may be an entry that had been a surrogate.
 
+mod anew;
 mod blank;
 pub(crate) mod descriptors;
 mod locks;
