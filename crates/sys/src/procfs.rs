@@ -12,13 +12,49 @@ pub mod special;
 pub mod stat;
 pub mod status;
 
+use rustix::fs::{Mode, OFlags};
+use rustix::path::DecInt;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
 /// One directory of /proc: a process, or one of its threads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProcDir(PathBuf);
+
+/// The descriptor table of a process.
+#[derive(Debug)]
+pub struct Descriptors {
+    links: OwnedFd,
+    infos: OwnedFd,
+}
+
+impl Descriptors {
+    /// Where a descriptor leads.
+    pub fn link(&self, number: i32) -> io::Result<PathBuf> {
+        let link = rustix::fs::readlinkat(&self.links, DecInt::new(number), Vec::new())?;
+        Ok(OsString::from_vec(link.into_bytes()).into())
+    }
+
+    /// A descriptor's fdinfo, whole, in place of what is in the buffer.
+    pub fn info_into(&self, number: i32, buffer: &mut Vec<u8>) -> io::Result<()> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.infos, DecInt::new(number), flags, Mode::empty())?;
+        let mut some = [0; 4096];
+        buffer.clear();
+        loop {
+            let got = rustix::io::read(&file, &mut some)?;
+            buffer.extend_from_slice(&some[..got]);
+            // It is one record: the kernel gives less than there is room for only where it ends.
+            if got < some.len() {
+                return Ok(());
+            }
+        }
+    }
+}
 
 /// A text of /proc that is not as proc(5) has it.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +126,15 @@ impl ProcDir {
         }
         numbers.sort_unstable();
         Ok(numbers)
+    }
+
+    /// The descriptor table, of which many entries are looked at: `/proc/PID` is looked up once for all.
+    pub fn descriptors(&self) -> io::Result<Descriptors> {
+        let open = |name| rustix::fs::open(self.path(name), OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+        Ok(Descriptors {
+            links: open("fd")?,
+            infos: open("fdinfo")?,
+        })
     }
 
     /// The threads of a process, in the numbering of the reader's PID namespace.

@@ -2,8 +2,8 @@
 //!
 //! Owns what is cheap to read of each descriptor, and enough to see whether anything changed. Refuses to open one.
 
-use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::FdInfo;
+use dunlin_sys::procfs::{Descriptors, ProcDir};
 use std::io;
 use std::path::PathBuf;
 
@@ -25,18 +25,30 @@ impl Glimpse {
         let (Ok(link), Ok(text)) = (dir.link(&format!("fd/{number}")), dir.text(&format!("fdinfo/{number}"))) else {
             return Ok(None);
         };
-        let info = FdInfo::parse(&text)?;
+        Glimpse::from_texts(number, link, &text).map(Some)
+    }
+
+    /// The same in a table of which many are read.
+    fn at(table: &Descriptors, number: i32, buffer: &mut Vec<u8>) -> io::Result<Option<Glimpse>> {
+        let (Ok(link), Ok(())) = (table.link(number), table.info_into(number, buffer)) else {
+            return Ok(None);
+        };
+        Glimpse::from_texts(number, link, &String::from_utf8_lossy(buffer)).map(Some)
+    }
+
+    fn from_texts(number: i32, link: PathBuf, text: &str) -> io::Result<Glimpse> {
+        let info = FdInfo::parse(text)?;
         let passes = |line: &&str| {
             !["pos:", "flags:", "ticks:", "it_value:"]
                 .iter()
                 .any(|key| line.starts_with(key))
         };
-        Ok(Some(Glimpse {
+        Ok(Glimpse {
             number,
             link,
             info,
             steady: text.lines().filter(passes).flat_map(|line| [line, "\n"]).collect(),
-        }))
+        })
     }
 
     /// Could it be the same description?
@@ -78,11 +90,15 @@ impl Glimpse {
 /// Reads the table as /proc shows it.
 pub fn glimpse(dir: &ProcDir) -> io::Result<Vec<Glimpse>> {
     let mut numbers = dir.numbers("fd")?;
+    let table = dir.descriptors()?;
     let parts = in_two(&mut numbers, |part| -> io::Result<Vec<Glimpse>> {
-        let each = part.iter().map(|number| Glimpse::of(dir, *number).transpose());
+        let mut buffer = Vec::new();
+        let each = part
+            .iter()
+            .map(|number| Glimpse::at(&table, *number, &mut buffer).transpose());
         each.flatten().collect()
     })?;
-    Ok(parts.concat())
+    Ok(parts.into_iter().flatten().collect())
 }
 
 /// Works on the halves of many at once, on few in one go. What comes of it is in their order.
