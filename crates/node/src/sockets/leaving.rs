@@ -311,6 +311,7 @@ impl Leaving {
                     reuse: look.reuse,
                     changed: look.changed,
                     in_repair: false,
+                    info: None,
                     segments: 0,
                     window: None,
                 }),

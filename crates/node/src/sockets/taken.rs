@@ -29,6 +29,8 @@ pub(super) struct Taken {
     pub(super) state: Option<State>,
     pub(super) reuse: bool,
     pub(super) in_repair: bool,
+    /// What was last known of it, in repair.
+    pub(super) info: Option<tcp::Info>,
     pub(super) segments: u32,
     pub(super) window: Option<[u32; 5]>,
 }
@@ -74,6 +76,7 @@ impl Taken {
             self.in_repair = true;
             let info = tcp::info(self.fd.as_fd()).map_err(&kernel)?;
             (self.state, self.segments) = (Some(info.state), info.segments_in);
+            self.info = Some(info);
         }
         Ok(())
     }
@@ -86,6 +89,7 @@ impl Taken {
         let kernel = self.kernel();
         let info = tcp::info(self.fd.as_fd()).map_err(&kernel)?;
         let heard = info.segments_in != self.segments || Some(info.state) != self.state;
+        self.info = Some(info);
         (self.state, self.segments) = (Some(info.state), info.segments_in);
         Ok(heard)
     }
@@ -145,7 +149,11 @@ impl Taken {
             _ => {
                 let captured = match before.map(|before| &before.state) {
                     Some(SocketState::Connected(before)) => tcp::capture_again(fd, &from_image(before)?),
-                    _ => tcp::capture(fd),
+                    // Whoever has heard since asks again.
+                    _ => match &self.info {
+                        Some(info) => tcp::capture_as(fd, info),
+                        None => tcp::capture(fd),
+                    },
                 };
                 match captured {
                     Ok(connection) => {

@@ -264,7 +264,12 @@ pub fn reuses_address(socket: BorrowedFd<'_>) -> io::Result<bool> {
 ///
 /// Errors: InvalidInput for one that is not connected; WouldBlock for one whose urgent byte was not read.
 pub fn capture(socket: BorrowedFd<'_>) -> io::Result<Connection> {
-    let info = info(socket)?;
+    capture_as(socket, &info(socket)?)
+}
+
+/// The same of a connection of which this was known when it was in repair already. Has a segment come in since then, it must be
+/// captured once more.
+pub fn capture_as(socket: BorrowedFd<'_>, info: &Info) -> io::Result<Connection> {
     let state = info.state;
     if !state.is_connected() {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -277,13 +282,20 @@ pub fn capture(socket: BorrowedFd<'_>) -> io::Result<Connection> {
         return Err(io::ErrorKind::WouldBlock.into());
     }
     let window: Window = get_numbers(socket, TCP, TCP_REPAIR_WINDOW)?;
-    set_numbers(socket, TCP, TCP_REPAIR_WINDOW, &Window(shut(window.0)))?;
+    let outstanding = ask(socket, SIOCOUTQ)?;
+    // Nobody writes to it: it has nothing to send, and will not have.
+    let is_silent = outstanding == 0;
+    if !is_silent {
+        set_numbers(socket, TCP, TCP_REPAIR_WINDOW, &Window(shut(window.0)))?;
+    }
     let deaf = !state.fin_received() && readiness(socket)? & libc::POLLRDHUP != 0;
     set_word(socket, TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)?;
     let fin_in_queue = state.fin_sent() && state != State::FinWait2;
     let written = get_word(socket, TCP, TCP_QUEUE_SEQ)?;
-    let outstanding = ask(socket, SIOCOUTQ)?;
-    let not_sent = ask(socket, SIOCOUTQNSD)?;
+    let not_sent = match is_silent {
+        true => 0,
+        false => ask(socket, SIOCOUTQNSD)?,
+    };
     let fin_unsent = fin_in_queue && not_sent > 0;
     let send_bytes = outstanding - u32::from(fin_in_queue && outstanding > 0);
     let sending = peek(socket, send_bytes as usize)?;

@@ -52,10 +52,12 @@ pub fn rebuild(
         queue(RECEIVE_QUEUE)?;
         fill(socket, &connection.received, libc::SO_RCVBUF, libc::SO_RCVBUFFORCE)?;
     }
-    queue(SEND_QUEUE)?;
     let unsent = (connection.unsent as usize).min(connection.sending.len());
     let (sent, unsent) = connection.sending.split_at(connection.sending.len() - unsent);
-    fill(socket, sent, libc::SO_SNDBUF, libc::SO_SNDBUFFORCE)?;
+    queue(SEND_QUEUE)?;
+    if !sent.is_empty() {
+        fill(socket, sent, libc::SO_SNDBUF, libc::SO_SNDBUFFORCE)?;
+    }
     let data_end = connection.receive_from.wrapping_add(connection.received.len() as u32);
     let mut window = connection.window;
     if connection.state.fin_received() && window[4] == data_end.wrapping_add(1) {
