@@ -53,7 +53,13 @@ impl Incoming {
         self.common = Common::default();
         self.arriving.let_go();
         for index in 0..self.frozen.len() {
-            self.arrive(index, resumed);
+            self.arrive(index);
+        }
+        // The source hears of it next.
+        let told_after_us = resumed.elapsed().as_secs_f64() * 1e6;
+        for process in &self.frozen {
+            let pid = process.essence.lineage.pid;
+            self.mover.arrivals.ran(pid, self.steps.clone(), told_after_us);
         }
     }
 
@@ -151,14 +157,12 @@ impl Incoming {
         mover.hidden.remove(pid);
     }
 
-    /// It runs, since `resumed`.
-    fn arrive(&self, index: usize, resumed: Instant) {
+    /// It runs.
+    fn arrive(&self, index: usize) {
         let process = &self.frozen[index];
         let lineage = &process.essence.lineage;
         let (pid, uid) = (lineage.pid, process.essence.traits.uids[0]);
         let mover = &self.mover;
-        let told_after_us = resumed.elapsed().as_secs_f64() * 1e6;
-        mover.arrivals.ran(pid, self.steps.clone(), told_after_us);
         if self.places[index].place.stood_before {
             mover.log("unregistering a surrogate", mover.nest.unregister_surrogate(pid));
         }
