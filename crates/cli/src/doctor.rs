@@ -3,6 +3,7 @@
 //! Owns the list of what dunlin needs, with the reason for each. The attempts themselves are `dunlin_sys::probe`'s.
 
 mod checks;
+mod outside;
 
 use crate::exit::{self, FAILED, Outcome};
 use clap::Args;
@@ -50,7 +51,8 @@ struct Row {
 
 /// Checks the machine.
 pub fn main(args: DoctorArgs) -> Outcome {
-    let rows = checks::all(args.config.as_deref());
+    let mut rows = checks::all(args.config.as_deref());
+    rows.extend(args.config.as_deref().and_then(outside::row));
     if args.json {
         exit::print_json(&rows)
     } else {

@@ -76,6 +76,21 @@ pub struct NetworkConfig {
     pub outside_mtu: u32,
 }
 
+impl NetworkConfig {
+    /// The device to the world, if this node is the gateway.
+    pub fn outside_device_of(&self, node: &str) -> Option<&str> {
+        let is_gateway = self.gateway.as_deref() == Some(node);
+        self.outside_device.as_deref().filter(|_| is_gateway)
+    }
+
+    /// Outside addresses that are none of those that the outside device has: nobody answers for them.
+    pub fn unanswered(&self, device: &[IpAddr]) -> Vec<IpAddr> {
+        let outside = [self.outside.map(IpAddr::V4), self.outside6.map(IpAddr::V6)];
+        let outside = outside.into_iter().flatten();
+        outside.filter(|address| !device.contains(address)).collect()
+    }
+}
+
 /// Another node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -260,6 +275,13 @@ mod tests {
         assert!(other.network.unwrap().tunnel);
         let error = network(&format!("{inside}first_port = 65530")).unwrap_err();
         assert!(error.contains("first_port"), "{error}");
+        let gateway = format!("{inside}gateway = \"n1\"\noutside = \"192.0.2.1\"\noutside_device = \"eth1\"");
+        let gateway = network(&gateway).unwrap().network.unwrap();
+        assert_eq!(gateway.outside_device_of("n1"), Some("eth1"));
+        assert_eq!(gateway.outside_device_of("n2"), None);
+        let has = ["192.0.2.1".parse().unwrap()];
+        assert_eq!(gateway.unanswered(&has), [] as [IpAddr; 0]);
+        assert_eq!(gateway.unanswered(&[]), has);
         let unknown = format!("colour = 1\n{GOOD}");
         assert!(NodeConfig::parse(&unknown).unwrap_err().contains("colour"));
     }

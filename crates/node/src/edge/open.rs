@@ -188,7 +188,7 @@ fn make(
         true => ingress(&programs.tunnel_in, devices::named(&names.tunnel)?.index)?,
         false => ingress(&programs.link_in, link.index)?,
     });
-    if let Some(outside) = outside_device(config, network) {
+    if let Some(outside) = network.outside_device_of(&config.name) {
         links.push(ingress(&programs.outside_in, devices::named(outside)?.index)?);
     }
     links.push(namespace::in_network(nest, || {
@@ -214,12 +214,6 @@ fn form(network: &NetworkConfig) -> Vec<u8> {
     form
 }
 
-/// The device to the world, if this node is the gateway.
-fn outside_device<'a>(config: &NodeConfig, network: &'a NetworkConfig) -> Option<&'a str> {
-    let is_gateway = network.gateway.as_ref() == Some(&config.name);
-    network.outside_device.as_deref().filter(|_| is_gateway)
-}
-
 fn configure(
     config: &NodeConfig,
     network: &NetworkConfig,
@@ -228,8 +222,16 @@ fn configure(
     tables: &Tables,
 ) -> io::Result<()> {
     let inner = namespace::in_network(nest, || devices::named(devices::INNER))?;
-    let outside_if = match outside_device(config, network) {
-        Some(device) => devices::named(device)?.index,
+    let outside_if = match network.outside_device_of(&config.name) {
+        Some(name) => {
+            let device = devices::named(name)?;
+            for address in network.unanswered(&device.addresses) {
+                tracing::warn!(
+                    "nobody answers for the outside address {address}: {name} does not have it; hint: ip address add {address} dev {name}"
+                );
+            }
+            device.index
+        }
         None => 0,
     };
     let tunnel_if = match network.tunnel {
