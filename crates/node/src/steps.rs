@@ -54,7 +54,7 @@ pub fn take(side: Side) -> Vec<Step> {
     let step = |(name, took): (&'static str, Duration)| Step {
         side,
         name: name.to_owned(),
-        us: took.as_secs_f64() * 1e6,
+        us: took.as_nanos() as f64 / 1e3,
     };
     steps.into_iter().map(step).collect()
 }
@@ -73,7 +73,7 @@ mod tests {
         let names: Vec<&str> = steps.iter().map(|step| step.name.as_str()).collect();
         assert_eq!(names, ["one", "two"]);
         let sum: f64 = steps.iter().map(|step| step.us).sum();
-        assert!(sum > 0.0 && sum <= until.as_secs_f64() * 1e6);
+        assert!(sum > 0.0 && sum <= until.as_nanos() as f64 / 1e3);
         mark("nobody asked");
         assert!(take(Side::Source).is_empty());
     }

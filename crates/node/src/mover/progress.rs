@@ -80,7 +80,7 @@ impl Mover {
         verified_pages: Option<u64>,
     ) -> MoveReport {
         let millis = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
-            (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64() * 1e3,
+            (Some(from), Some(to)) => to.saturating_duration_since(from).as_nanos() as f64 / 1e6,
             _ => 0.0,
         };
         let (faulted, pushed) = drain.map_or((0, 0), |d| (d.pages_faulted, d.pages_pushed));
