@@ -6,9 +6,11 @@
 //! [`super::still`]) after [`RUNNING`] attempts. Invariants: what stays in the way is told after [`SAME`] attempts, what goes away by its nature ([`READING`]) after
 //! [`LONGEST`]; nothing is asked again after that; a node that does not answer is not asked again.
 
-use super::outgoing::MoveOutcome;
+use super::Mover;
+use super::outgoing::{MoveOutcome, Outgoing, Report, failure};
 use crate::obstacle::READING;
 use dunlin_proto::control::{FailureKind, MoveMode, MoveRequest};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 /// After so many attempts in a row with the same outcome it is believed.
@@ -19,6 +21,47 @@ const LONGEST: Duration = Duration::from_secs(2);
 const RUNNING: u32 = 2;
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+
+impl Mover {
+    /// Starts a move of a process that is here. The receiver gets the progress and, last, the outcome.
+    pub fn move_out(&self, request: MoveRequest) -> std::io::Result<Receiver<Report>> {
+        let (sender, receiver) = channel();
+        let mover = self.arc();
+        let name = format!("moves-{}", request.pid);
+        std::thread::Builder::new().name(name).spawn(move || {
+            let mut attempts = Attempts::new();
+            loop {
+                // Each on a thread of its own: what it still traces at its end, the kernel lets go.
+                let attempt = std::thread::scope(|scope| {
+                    let (mover, request) = (mover.clone(), request.clone());
+                    let name = format!("move-{}", request.pid);
+                    let thread = std::thread::Builder::new().name(name);
+                    let (still, sender) = (attempts.hold_still(&request), &sender);
+                    let attempt = thread.spawn_scoped(scope, move || Outgoing::run(mover, request, still, sender));
+                    attempt.map(|attempt| attempt.join())
+                });
+                let outcome = match attempt {
+                    Ok(Ok(Ok(()))) => return,
+                    Ok(Ok(Err(outcome))) => outcome,
+                    Ok(Err(_)) | Err(_) => {
+                        let message = format!(
+                            "the move of process {} did not end well: see the daemon's log",
+                            request.pid
+                        );
+                        MoveOutcome::Failed(failure(FailureKind::Other, message, None))
+                    }
+                };
+                let Some(pause) = attempts.next(&outcome) else {
+                    let _ = sender.send(Report::Outcome(outcome));
+                    return;
+                };
+                tracing::debug!(pid = %request.pid, ?outcome, "a move is attempted again");
+                std::thread::sleep(pause);
+            }
+        })?;
+        Ok(receiver)
+    }
+}
 
 /// The attempts at one move so far.
 pub(super) struct Attempts {

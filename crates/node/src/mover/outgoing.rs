@@ -3,7 +3,6 @@
 //! Owns the processes while they are prepared, frozen and given away. Refuses to decide: every step is asked for by the
 //! protocol's machine.
 
-use super::attempts::Attempts;
 use super::payload::{self, Proposal};
 use super::progress::{Times, phase};
 use super::records::{ImageRecord, KeptSource, Left};
@@ -51,47 +50,6 @@ pub enum Report {
     Progress(MoveProgress),
     /// It is over.
     Outcome(MoveOutcome),
-}
-
-impl Mover {
-    /// Starts a move of a process that is here. The receiver gets the progress and, last, the outcome.
-    pub fn move_out(&self, request: MoveRequest) -> std::io::Result<Receiver<Report>> {
-        let (sender, receiver) = channel();
-        let mover = self.arc();
-        let name = format!("moves-{}", request.pid);
-        std::thread::Builder::new().name(name).spawn(move || {
-            let mut attempts = Attempts::new();
-            loop {
-                // Each on a thread of its own: what it still traces at its end, the kernel lets go.
-                let attempt = std::thread::scope(|scope| {
-                    let (mover, request) = (mover.clone(), request.clone());
-                    let name = format!("move-{}", request.pid);
-                    let thread = std::thread::Builder::new().name(name);
-                    let (still, sender) = (attempts.hold_still(&request), &sender);
-                    let attempt = thread.spawn_scoped(scope, move || Outgoing::run(mover, request, still, sender));
-                    attempt.map(|attempt| attempt.join())
-                });
-                let outcome = match attempt {
-                    Ok(Ok(Ok(()))) => return,
-                    Ok(Ok(Err(outcome))) => outcome,
-                    Ok(Err(_)) | Err(_) => {
-                        let message = format!(
-                            "the move of process {} did not end well: see the daemon's log",
-                            request.pid
-                        );
-                        MoveOutcome::Failed(failure(FailureKind::Other, message, None))
-                    }
-                };
-                let Some(pause) = attempts.next(&outcome) else {
-                    let _ = sender.send(Report::Outcome(outcome));
-                    return;
-                };
-                tracing::debug!(pid = %request.pid, ?outcome, "a move is attempted again");
-                std::thread::sleep(pause);
-            }
-        })?;
-        Ok(receiver)
-    }
 }
 
 pub(super) fn failure(kind: FailureKind, message: String, hint: Option<&str>) -> Failure {
@@ -216,7 +174,12 @@ impl<'a> Outgoing<'a> {
         }
     }
 
-    fn run(mover: Arc<Mover>, request: MoveRequest, still: bool, reporter: &'a Reporter) -> Result<(), MoveOutcome> {
+    pub(super) fn run(
+        mover: Arc<Mover>,
+        request: MoveRequest,
+        still: bool,
+        reporter: &'a Reporter,
+    ) -> Result<(), MoveOutcome> {
         let times = Times::start();
         let pid = request.pid;
         dunlin_sys::inspect::be_prompt();
