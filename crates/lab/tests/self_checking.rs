@@ -138,6 +138,11 @@ fn socket_pairs_keep_what_is_on_its_way() {
 }
 
 #[test]
+fn blocking_writes_are_never_cut_short() {
+    travels("sends", &[]);
+}
+
+#[test]
 fn a_tree_keeps_its_socket_pairs() {
     let traveller = Traveller::start("pairs", &["tree"]);
     journey(&traveller.lab, traveller.run.pid, true, || lives(&traveller.run));

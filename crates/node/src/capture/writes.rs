@@ -1,27 +1,37 @@
-//! Writes to pipes that our stop has cut short.
+//! Writes to pipes and to sockets of streams that our stop has cut short.
 //!
-//! A write(2) to a full pipe that blocks ends, when its thread is stopped, with what it has written so far. That is as
-//! SIGSTOP would have it, but the program was sent none, and some lose the rest (CPython's buffered writer does). Owns
-//! the completion of such a call before the program can see it: what fits is written for the thread, through a description
-//! of our own that does not block; if the pipe is full it is given room for the rest, and keeps its larger capacity.
-//! Refuses to let anybody block: where there is no room to be had ([`MOST`]) the write stays short. See pipe(7),
-//! F_SETPIPE_SZ in fcntl(2).
+//! A write(2) or send(2) that blocks for want of room ends, when its thread is stopped, with what it has written so far. That is
+//! as SIGSTOP would have it, but the program was sent none, and some lose the rest (CPython's buffered writer does). Owns
+//! the completion of such a call before the program can see it. Into a pipe what fits is written for the thread, through a
+//! description of our own that does not block; if the pipe is full it is given room for the rest, and keeps its larger capacity. A
+//! socket is given room for that moment, and the thread itself sends the rest: the other end may ask who sent it. Refuses to let
+//! anybody block: where there is no room to be had ([`MOST`]) the write stays short. See pipe(7), F_SETPIPE_SZ in fcntl(2),
+//! SO_SNDBUFFORCE in socket(7).
 
 use crate::descriptors::pipe::{MOST, resize};
 use dunlin_sys::foothold::take_descriptor;
 use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::procfs::fdinfo::FdInfo;
 use dunlin_sys::ptrace::{Registers, Stopped, TraceError};
+use dunlin_sys::socket::{self, tcp};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::pipe::fcntl_getpipe_size;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 const SYS_WRITE: i64 = 1;
 const SYS_WRITEV: i64 = 20;
+const SYS_SENDTO: i64 = 44;
+const SYS_SENDMSG: i64 = 46;
+const MSG_OOB: u64 = 1;
+const MSG_DONTWAIT: u64 = 0x40;
+const MSG_NOSIGNAL: u64 = 0x4000;
+const MSG_MORE: u64 = 0x8000;
+const MSG_ZEROCOPY: u64 = 0x400_0000;
+const POLLERR_OR_HUP: i16 = 8 | 16;
 const O_NONBLOCK: u32 = 0o4000;
 const PAGE: u64 = 4096;
 const IOV_MAX: u64 = 1024;
@@ -42,10 +52,31 @@ pub fn complete(
         return Ok(thread);
     };
     let fd = registers.rdi as i32;
-    let Some(pipe) = blocking_pipe(host, fd) else {
-        return Ok(thread);
+    let thread = match blocking(host, fd) {
+        Some(Sink::Pipe(pipe)) => into_pipe(thread, at, registers, memory, &pipe, rest)?,
+        Some(Sink::Stream(socket)) => into_socket(thread, at, registers, &socket, &rest)?,
+        None => return Ok(thread),
     };
-    let done = push(&pipe, memory, &rest);
+    if is_short(registers, memory) {
+        tracing::warn!(
+            host,
+            fd,
+            "a write that a stop has cut short stays short: there is no room to be had"
+        );
+    }
+    Ok(thread)
+}
+
+fn into_pipe(
+    thread: Stopped,
+    at: u64,
+    registers: &mut Registers,
+    memory: &File,
+    pipe: &OwnedFd,
+    rest: Vec<(u64, u64)>,
+) -> Result<Stopped, TraceError> {
+    let fd = registers.rdi;
+    let done = push(pipe, memory, &rest);
     registers.rax += done;
     let rest = after(rest, done);
     let wanted: u64 = rest.iter().map(|(_, length)| length).sum();
@@ -53,14 +84,14 @@ pub fn complete(
         return Ok(thread);
     }
     // What is left is in memory that is elsewhere: the thread itself can wait for it.
-    let mut room = enlarge(&pipe, wanted).unwrap_or(0);
+    let mut room = enlarge(pipe, wanted).unwrap_or(0);
     let mut thread = thread;
     for (address, length) in rest {
         let length = length.min(room);
         if length == 0 {
             break;
         }
-        let (stopped, answer) = thread.inject(at, SYS_WRITE, [fd as u64, address, length, 0, 0, 0])?;
+        let (stopped, answer) = thread.inject(at, SYS_WRITE, [fd, address, length, 0, 0, 0])?;
         thread = stopped;
         if answer <= 0 {
             break;
@@ -71,14 +102,65 @@ pub fn complete(
             break;
         }
     }
-    if is_short(registers, memory) {
-        tracing::warn!(
-            host,
-            fd,
-            "a write to a pipe that a stop has cut short stays short: the pipe cannot be made larger"
-        );
+    Ok(thread)
+}
+
+/// Has the thread send what is left. The buffer is as it was afterwards, and so is whether it grows by itself.
+fn into_socket(
+    thread: Stopped,
+    at: u64,
+    registers: &mut Registers,
+    socket: &OwnedFd,
+    rest: &[(u64, u64)],
+) -> Result<Stopped, TraceError> {
+    let wanted: u64 = rest.iter().map(|(_, length)| length).sum();
+    // An error is told once: to the program.
+    let is_broken = socket::readiness(socket.as_fd()).is_ok_and(|ready| ready & POLLERR_OR_HUP != 0);
+    if wanted > MOST || is_broken {
+        return Ok(thread);
+    }
+    let widened = tcp::buffers(socket.as_fd()).and_then(|before| {
+        tcp::make_send_room(socket.as_fd(), wanted as u32)?;
+        Ok(before)
+    });
+    let before = match widened {
+        Ok(before) => before,
+        Err(error) => {
+            tracing::warn!(%error, "the buffer of a socket cannot be made larger");
+            return Ok(thread);
+        }
+    };
+    let sent = send_rest(thread, at, registers, rest);
+    if let Err(error) = tcp::set_buffers(socket.as_fd(), before) {
+        tracing::warn!(%error, "the buffer of a socket stays large");
+    }
+    sent
+}
+
+fn send_rest(thread: Stopped, at: u64, registers: &mut Registers, rest: &[(u64, u64)]) -> Result<Stopped, TraceError> {
+    let flags = send_flags(registers) & (MSG_OOB | MSG_MORE) | MSG_DONTWAIT | MSG_NOSIGNAL;
+    let mut thread = thread;
+    for (address, length) in rest {
+        let (stopped, answer) = thread.inject(at, SYS_SENDTO, [registers.rdi, *address, *length, flags, 0, 0])?;
+        thread = stopped;
+        let Some(answer) = u64::try_from(answer).ok().filter(|answer| *answer > 0) else {
+            break;
+        };
+        registers.rax += answer;
+        if answer < *length {
+            break;
+        }
     }
     Ok(thread)
+}
+
+/// The flags of a call that sends.
+fn send_flags(registers: &Registers) -> u64 {
+    match registers.orig_rax as i64 {
+        SYS_SENDTO => registers.r10,
+        SYS_SENDMSG => registers.rdx,
+        _ => 0,
+    }
 }
 
 /// Writes buffers of a process into a pipe, enlarging it as long as that can be; how many bytes were written. Stops at memory
@@ -122,21 +204,50 @@ pub fn is_short(registers: &Registers, memory: &File) -> bool {
 /// What a write that ended early has left of its buffers: addresses and lengths.
 fn rest(registers: &Registers, memory: &File) -> Option<Vec<(u64, u64)>> {
     let done = u64::try_from(registers.rax as i64).ok().filter(|done| *done > 0)?;
+    if send_flags(registers) & (MSG_DONTWAIT | MSG_ZEROCOPY) != 0 {
+        return None;
+    }
     let buffers = match registers.orig_rax as i64 {
-        SYS_WRITE => vec![(registers.rsi, registers.rdx)],
-        SYS_WRITEV if registers.rdx <= IOV_MAX => {
-            let mut words = vec![0u8; registers.rdx as usize * 16];
-            memory.read_exact_at(&mut words, registers.rsi).ok()?;
-            let word = |b: &[u8]| b.try_into().map(u64::from_le_bytes).unwrap_or(0);
-            words
-                .chunks(16)
-                .map(|pair| (word(&pair[..8]), word(&pair[8..])))
-                .collect()
+        SYS_WRITE | SYS_SENDTO => vec![(registers.rsi, registers.rdx)],
+        SYS_WRITEV => vector(memory, registers.rsi, registers.rdx)?,
+        SYS_SENDMSG => {
+            // struct msghdr: the vector and its length come after the name and its length.
+            let words = words(memory, registers.rsi + 16, 2)?;
+            vector(memory, words[0], words[1])?
         }
         _ => return None,
     };
     let left = after(buffers, done);
     (!left.is_empty()).then_some(left)
+}
+
+/// An array of `struct iovec`.
+fn vector(memory: &File, address: u64, count: u64) -> Option<Vec<(u64, u64)>> {
+    if count > IOV_MAX {
+        return None;
+    }
+    let words = words(memory, address, 2 * count as usize)?;
+    Some(
+        words
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .map(|[base, length]| (*base, *length))
+            .collect(),
+    )
+}
+
+fn words(memory: &File, address: u64, count: usize) -> Option<Vec<u64>> {
+    let mut bytes = vec![0u8; 8 * count];
+    memory.read_exact_at(&mut bytes, address).ok()?;
+    Some(
+        bytes
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .map(|word| u64::from_le_bytes(*word))
+            .collect(),
+    )
 }
 
 /// The buffers without their first bytes.
@@ -152,19 +263,35 @@ fn after(buffers: Vec<(u64, u64)>, mut done: u64) -> Vec<(u64, u64)> {
     left
 }
 
-/// A pipe that blocks its writers, by a description of our own that does not.
-fn blocking_pipe(host: i32, fd: i32) -> Option<OwnedFd> {
+/// Where a write that blocks went.
+enum Sink {
+    /// By a description of our own, that does not block.
+    Pipe(OwnedFd),
+    Stream(OwnedFd),
+}
+
+/// Where a descriptor leads that blocks its writers until all is written.
+fn blocking(host: i32, fd: i32) -> Option<Sink> {
     let dir = ProcDir::process(host);
-    let is_pipe = dir
-        .link(&format!("fd/{fd}"))
-        .is_ok_and(|link| link.as_os_str().as_encoded_bytes().starts_with(b"pipe:"));
+    let link = dir.link(&format!("fd/{fd}")).ok()?;
+    let name = link.as_os_str().as_encoded_bytes();
     let info = FdInfo::parse(&dir.text(&format!("fdinfo/{fd}")).ok()?).ok()?;
-    if !is_pipe || info.flags & O_NONBLOCK != 0 {
+    if info.flags & O_NONBLOCK != 0 {
         return None;
     }
-    let theirs = take_descriptor(host, fd).ok()?;
-    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    rustix::fs::open(crate::files::proc_fd(&theirs), flags, Mode::empty()).ok()
+    if name.starts_with(b"pipe:") {
+        let theirs = take_descriptor(host, fd).ok()?;
+        let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let ours = rustix::fs::open(crate::files::proc_fd(&theirs), flags, Mode::empty()).ok()?;
+        return Some(Sink::Pipe(ours));
+    }
+    if !name.starts_with(b"socket:") {
+        return None;
+    }
+    let ours = take_descriptor(host, fd).ok()?;
+    let what = socket::what(ours.as_fd()).ok()?;
+    let families = [socket::FAMILY_V4, socket::FAMILY_V6, socket::unix::FAMILY];
+    (what.kind == socket::STREAM && families.contains(&what.family)).then_some(Sink::Stream(ours))
 }
 
 /// Makes room for so many bytes in a full pipe; how many can be written now for certain.
@@ -211,6 +338,12 @@ mod tests {
             ..crate::capture::from_words(&[0; 27]).unwrap()
         };
         assert_eq!(rest(&registers(SYS_WRITE, 40), &nowhere), Some(vec![(4136, 60)]));
+        let send = |flags| Registers {
+            r10: flags,
+            ..registers(SYS_SENDTO, 40)
+        };
+        assert_eq!(rest(&send(MSG_OOB), &nowhere), Some(vec![(4136, 60)]));
+        assert_eq!(rest(&send(MSG_DONTWAIT), &nowhere), None);
         for other in [
             registers(SYS_WRITE, 100),
             registers(SYS_WRITE, -512),
@@ -227,7 +360,9 @@ mod tests {
         let (reading, writing) = rustix::pipe::pipe().unwrap();
         let host = std::process::id() as i32;
         let own = std::os::fd::AsRawFd::as_raw_fd(&writing);
-        let ours = blocking_pipe(host, own).unwrap();
+        let Some(Sink::Pipe(ours)) = blocking(host, own) else {
+            panic!("a pipe that blocks");
+        };
         let source = vec![7u8; 3 << 20];
         let memory = File::open("/proc/self/mem").unwrap();
         let before = fcntl_getpipe_size(&writing).unwrap();

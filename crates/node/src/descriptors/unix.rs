@@ -13,6 +13,7 @@ use dunlin_sys::procfs::ProcDir;
 use dunlin_sys::script::Script;
 use dunlin_sys::socket;
 use dunlin_sys::socket::options::{self, SocketOption};
+use dunlin_sys::socket::tcp::{self, Buffers};
 use dunlin_sys::socket::unix::{self, Credentials, Waiting};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
@@ -23,11 +24,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Mutex, PoisonError};
 
-const SO_SNDBUF: i32 = 7;
-const SO_RCVBUF: i32 = 8;
 const SO_PASSCRED: i32 = 16;
 const SO_SNDBUFFORCE: i32 = 32;
-const SO_RCVBUFFORCE: i32 = 33;
 const SO_PASSSEC: i32 = 34;
 const LISTENING: u8 = 10;
 const RECEIVING_IS_SHUT: u8 = 1;
@@ -95,6 +93,7 @@ pub(crate) fn look(look: &Look<'_>) -> Found {
     }
     let peer_credentials = rustix::net::sockopt::socket_peercred(fd).map(|c| (c.uid.as_raw(), c.gid.as_raw()));
     let number = |name| unix::option(fd.as_fd(), name);
+    let Buffers { send, receive, locked } = tcp::buffers(fd)?;
     Ok(Ok(DescriptionKind::Unix(Box::new(UnixSocket {
         inode: meta.ino(),
         kind: what.kind,
@@ -105,7 +104,7 @@ pub(crate) fn look(look: &Look<'_>) -> Found {
             .map(|option| (option.level, option.name, option.value))
             .collect(),
         passes: [number(SO_PASSCRED)? != 0, number(SO_PASSSEC).unwrap_or(0) != 0],
-        buffers: [number(SO_SNDBUF)?, number(SO_RCVBUF)?],
+        buffers: [send, receive, locked],
         owner: (meta.uid(), meta.gid(), meta.mode() & 0o7777),
         peer_credentials: peer_credentials.unwrap_or((0, 0)),
         queue: Vec::new(),
@@ -278,13 +277,8 @@ fn set(fd: &OwnedFd, socket: &UnixSocket) -> io::Result<()> {
             unix::set_option(fd.as_fd(), name, u32::from(wanted))?;
         }
     }
-    let [send, receive] = socket.buffers;
-    for (name, force, wanted) in [(SO_SNDBUF, SO_SNDBUFFORCE, send), (SO_RCVBUF, SO_RCVBUFFORCE, receive)] {
-        if unix::option(fd.as_fd(), name)? != wanted {
-            // The kernel doubles what it is asked for.
-            unix::set_option(fd.as_fd(), force, wanted / 2)?;
-        }
-    }
+    let [send, receive, locked] = socket.buffers;
+    tcp::set_buffers(fd.as_fd(), Buffers { send, receive, locked })?;
     let (uid, gid, mode) = socket.owner;
     let meta = rustix::fs::fstat(fd)?;
     if (meta.st_uid, meta.st_gid) != (uid, gid) {
@@ -373,7 +367,7 @@ fn send_all(
 ) -> io::Result<()> {
     // Where either end wants credentials, the kernel would note ours where none were noted.
     let passes = [near, far].map(|fd| unix::option(fd.as_fd(), SO_PASSCRED));
-    let buffer = unix::option(far.as_fd(), SO_SNDBUF)?;
+    let buffers = tcp::buffers(far.as_fd())?;
     let pass = |fd: &OwnedFd, value: u32| unix::set_option(fd.as_fd(), SO_PASSCRED, value);
     pass(near, 0)?;
     pass(far, 0)?;
@@ -396,7 +390,7 @@ fn send_all(
             sent += unix::send(far.as_fd(), &message.bytes[sent..], &[], credentials)?;
         }
     }
-    unix::set_option(far.as_fd(), SO_SNDBUFFORCE, buffer / 2)?;
+    tcp::set_buffers(far.as_fd(), buffers)?;
     for (fd, passes) in [near, far].into_iter().zip(passes) {
         pass(fd, passes?)?;
     }

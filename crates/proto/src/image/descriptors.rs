@@ -197,8 +197,8 @@ pub struct UnixSocket {
     pub options: Vec<(i32, i32, Vec<u8>)>,
     /// SO_PASSCRED and SO_PASSSEC.
     pub passes: [bool; 2],
-    /// SO_SNDBUF and SO_RCVBUF.
-    pub buffers: [u32; 2],
+    /// SO_SNDBUF, SO_RCVBUF, SO_BUF_LOCK.
+    pub buffers: [u32; 3],
     /// User, group and mode of the inode.
     pub owner: (u32, u32, u32),
     /// User and group whom SO_PEERCRED names.

@@ -165,6 +165,20 @@ pub fn buffers(socket: BorrowedFd<'_>) -> io::Result<Buffers> {
     })
 }
 
+/// Gives the sending buffer room for so many bytes more than are in it, whatever the limit. It grows by itself no more until
+/// [`set_buffers`] puts it back.
+pub fn make_send_room(socket: BorrowedFd<'_>, more: u32) -> io::Result<()> {
+    let queued = ask(socket, SIOCOUTQ)?;
+    // What holds the bytes counts, too; and the kernel doubles what it is told.
+    let room = get_word(socket, SOL, libc::SO_SNDBUF)?.saturating_add(queued.saturating_add(more).saturating_mul(2));
+    Ok(set_word(
+        socket,
+        SOL,
+        libc::SO_SNDBUFFORCE,
+        room.min(i32::MAX as u32 / 2),
+    )?)
+}
+
 /// Makes the buffers as they were; whatever grows by itself goes on doing so.
 pub fn set_buffers(socket: BorrowedFd<'_>, wanted: Buffers) -> io::Result<()> {
     let now = buffers(socket)?;
