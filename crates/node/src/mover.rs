@@ -12,6 +12,7 @@ mod arrivals;
 mod arrive;
 mod attempts;
 mod decisions;
+mod fates;
 mod giving;
 mod incoming;
 mod keepers;

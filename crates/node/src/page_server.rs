@@ -118,6 +118,7 @@ impl ImageStore {
             on_unused: new.on_unused,
         };
         let id = new.id;
+        tracing::debug!(?id, keeper = ?new.keeper, "an image is served");
         self.lock().insert(id, held);
         self.will_not_come(id);
     }
@@ -166,6 +167,7 @@ impl ImageStore {
             return;
         };
         clients.remove(&client);
+        tracing::debug!(?id, ?client, left = clients.len(), "an image is released");
         if clients.is_empty() {
             let held = images.remove(&id).expect("it was there");
             drop(images);
@@ -200,6 +202,7 @@ impl ImageStore {
     fn claim(&self, id: ImageId, client: ClientId) -> Option<(Arc<Image>, Arc<AtomicU64>)> {
         let mut images = self.lock();
         let held = images.get_mut(&id)?;
+        tracing::debug!(?id, ?client, "an image is claimed");
         match &mut held.claims {
             Claims::Expected => held.claims = Claims::By(BTreeSet::from([client])),
             Claims::By(clients) => drop(clients.insert(client)),

@@ -10,6 +10,7 @@ use super::records::Left;
 use crate::capture::CaptureError;
 use crate::capture::held::{Abandoned, PATIENCE};
 use crate::page_server::NewImage;
+use dunlin_cluster::relocation::source::{SourceEvent, SourceStage};
 use dunlin_proto::ids::Pid;
 use dunlin_sys::procfs::ProcDir;
 use std::fs::File;
@@ -38,6 +39,18 @@ impl Outgoing<'_> {
             !is_left
         });
         self.left = left;
+        self.miss_images();
+    }
+
+    /// Of what a former daemon had cleared away to the end, nothing is here, and nobody will say that it is not needed.
+    fn miss_images(&mut self) {
+        let Some(SourceStage::Image { undrained, .. }) = self.kept.as_ref().map(|record| &record.stage) else {
+            return;
+        };
+        let is_here = |pid: &Pid| self.keepers.contains_key(pid) || self.left.iter().any(|left| left.pid == *pid);
+        let missing: Vec<Pid> = undrained.iter().filter(|pid| !is_here(pid)).copied().collect();
+        let drained = |pid| SourceEvent::Drained(self.plan.destination, pid);
+        self.events.splice(0..0, missing.into_iter().map(drained));
     }
 
     /// What a former daemon had parked is another node's by now. Whether it is cleared away.
@@ -78,6 +91,10 @@ impl Outgoing<'_> {
         if self.keepers.insert(pid, keeper).is_some() {
             // It was made known to init before the former daemon died, and is served already: whoever has claimed it since
             // will release that one.
+            return;
+        }
+        if self.released.contains(&pid) {
+            // All its pages were fetched while it was parked: nobody will come for this image, nor release it.
             return;
         }
         let open = |name: &str| File::open(ProcDir::process(keeper).path(name));

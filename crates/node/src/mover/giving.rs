@@ -279,9 +279,7 @@ impl Outgoing<'_> {
     }
 
     pub(super) fn thaw_all(&mut self) {
-        for image in self.images.values() {
-            self.mover.images.remove(*image);
-        }
+        self.take_images_back();
         for frozen in self.frozen.drain(..) {
             let pid = frozen.source.pid;
             // The pager must serve again before the program can fault again.
@@ -294,6 +292,14 @@ impl Outgoing<'_> {
         }
         self.sources.drain(..).for_each(Source::abandon);
         self.thaw_left();
+    }
+
+    /// The processes run here: nobody is served any more.
+    pub(super) fn take_images_back(&self) {
+        for (pid, image) in &self.images {
+            self.mover.images.remove(*image);
+            self.mover.forget_unused(self.plan.move_id, *pid);
+        }
     }
 
     pub(super) fn make_images(&mut self) {
@@ -349,7 +355,6 @@ impl Outgoing<'_> {
                 pid,
                 keeper,
                 regions: self.regions.remove(&pid).unwrap_or_default(),
-                unused: false,
             });
         }
     }

@@ -34,6 +34,7 @@ impl Mover {
     /// Ends the keeper of an image that nobody needs any more; what cannot be done now is done in one of the next
     /// [sweeps](Mover::sweep). The thread that calls traces nobody.
     pub(super) fn end_keeper(&self, spent: Spent) {
+        tracing::debug!(?spent, "a keeper is ended");
         match self.end(spent.host) {
             Ok(()) => self.drop_image_record(spent.by, spent.pid),
             Err(error) => {

@@ -3,9 +3,10 @@
 //! Owns the processes while they are prepared, frozen and given away. Refuses to decide: every step is asked for by the
 //! protocol's machine.
 
+use super::fates::Fates;
 use super::payload::{self, Proposal};
 use super::progress::{Times, phase};
-use super::records::{ImageRecord, KeptSource, Left};
+use super::records::{KeptSource, Left};
 use super::{Mover, Word, lock, random};
 use crate::capture::freeze::Frozen;
 use crate::capture::{Met, Source, Watch};
@@ -24,7 +25,7 @@ use dunlin_proto::control::{
 use dunlin_proto::ids::{ImageId, MoveId, Pid};
 use dunlin_proto::image::Plan as ProcessPlan;
 use dunlin_proto::relocation::{Claim, DestinationToSource, LeaseRefusal};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
@@ -85,8 +86,10 @@ pub(super) struct Outgoing<'a> {
     pub(super) regions: BTreeMap<Pid, Vec<(u64, u64)>>,
     /// Of a move that a former daemon began: what it had frozen.
     pub(super) left: Vec<Left>,
+    /// Whose images had been released by all before there was a keeper: none is made.
+    pub(super) released: BTreeSet<Pid>,
     /// What init keeps of it.
-    kept: Option<SourceRecord>,
+    pub(super) kept: Option<SourceRecord>,
     pub(super) times: Times,
     pub(super) reporter: &'a Reporter,
     pub(super) told: bool,
@@ -103,14 +106,14 @@ pub(super) struct Outgoing<'a> {
 pub(super) fn go_on(
     mover: &Arc<Mover>,
     KeptSource { record, left }: KeptSource,
-    images: Vec<(ImageRecord, i32)>,
+    fates: Fates,
     withdrawn: BTreeMap<Pid, Withdrawn>,
     words: &Receiver<Word>,
 ) {
     let (reporter, _) = channel();
     let plan = record.plan;
     let request = MoveRequest {
-        pid: images.first().map_or(Pid(0), |(image, _)| image.pid),
+        pid: fates.kept.first().map_or(Pid(0), |(image, _)| image.pid),
         to: mover.config.name_of(plan.destination),
         tree: false,
         mode: MoveMode::Demand,
@@ -121,13 +124,14 @@ pub(super) fn go_on(
     this.told = true;
     this.withdrawn = withdrawn;
     this.left = left;
+    this.released = fates.released;
     this.kept = Some(record.clone());
     this.sockets = Leaving::take_up(&mover.edge, plan.move_id);
     for left in &this.left {
         this.images.extend(left.image.map(|image| (left.pid, image)));
         this.regions.insert(left.pid, left.regions.clone());
     }
-    for (image, keeper) in images {
+    for (image, keeper) in fates.kept {
         this.images.insert(image.pid, image.id);
         this.keepers.insert(image.pid, keeper);
     }
@@ -161,6 +165,7 @@ impl<'a> Outgoing<'a> {
             watches: Vec::new(),
             regions: BTreeMap::new(),
             left: Vec::new(),
+            released: BTreeSet::new(),
             kept: None,
             times: Times::start(),
             reporter,
@@ -387,6 +392,8 @@ impl<'a> Outgoing<'a> {
                 self.events.push(event);
             }
             SourceAction::Persist(record) => self.persist(record)?,
+            // What could not be cleared away must not run on: the next daemon has to know of it.
+            SourceAction::Forget if !self.left.is_empty() => {}
             SourceAction::Forget => {
                 self.kept = None;
                 self.mover
@@ -486,9 +493,7 @@ impl<'a> Outgoing<'a> {
                     };
                     self.mover.decide(HomeEvent::Raise(vec![claim]));
                 }
-                for image in self.images.values() {
-                    self.mover.images.remove(*image);
-                }
+                self.take_images_back();
                 self.let_on();
                 let message = format!(
                     "process {} was not moved: {why}; it runs on {}",

@@ -1,7 +1,8 @@
 //! What init keeps of moves for the daemon that comes after this one.
 //!
 //! Owns the records of arrivals, images and undecided moves, and their labels. Refuses to know what is done with them:
-//! `recover` reads them.
+//! `recover` reads them. Invariant: that an image was released is kept apart from the image's own record, for its pages can
+//! all be fetched before it is known here that they may be: before there is a keeper, and a record, at all.
 
 use super::Mover;
 use crate::nest::Nest;
@@ -17,6 +18,8 @@ pub(super) const ARRIVAL: &str = "arrival/";
 pub(super) const IMAGE: &str = "image/";
 pub(super) const SOURCE: &str = "source/";
 pub(super) const DESTINATION: &str = "destination/";
+/// All who needed the image of a process have said that they do not any more: by its move and its PID.
+pub(super) const UNUSED: &str = "unused/";
 
 /// A process that came by a move, as its node must remember it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -39,8 +42,6 @@ pub(super) struct ImageRecord {
     pub(super) pid: Pid,
     pub(super) keeper: Pid,
     pub(super) regions: Vec<(u64, u64)>,
-    /// All who needed it have said that they do not any more.
-    pub(super) unused: bool,
 }
 
 /// What a destination must know after a restart: the protocol's part, and what it had rebuilt.
@@ -99,6 +100,7 @@ impl Mover {
 
     /// Writes down an image that is served here.
     pub(super) fn remember_image(&self, record: &ImageRecord) {
+        tracing::debug!(by = %record.by, pid = %record.pid, keeper = %record.keeper, id = ?record.id, "an image is kept");
         let blob = postcard::to_stdvec(record).unwrap_or_default();
         let label = format!("{IMAGE}{}/{}", record.by, record.pid);
         self.log("keeping an image's record", self.nest.store(&label, &[], blob));
@@ -106,22 +108,27 @@ impl Mover {
 
     /// Everybody has released it; they hear that they have when this is written down, and do not come again.
     pub(super) fn image_is_unused(&self, by: MoveId, pid: Pid) {
-        let label = format!("{IMAGE}{by}/{pid}");
-        let noted = self.nest.fetch(&label).and_then(|kept| {
-            let Some((_, blob)) = kept else { return Ok(()) };
-            let mut record: ImageRecord = postcard::from_bytes(&blob).map_err(io::Error::other)?;
-            record.unused = true;
-            let blob = postcard::to_stdvec(&record).map_err(io::Error::other)?;
-            self.nest.store(&label, &[], blob)
-        });
-        self.log("noting that an image is not needed", noted);
+        let kept = self.nest.store(&unused_label(by, pid), &[], Vec::new());
+        self.log("noting that an image is not needed", kept);
     }
 
     /// Nobody needs it any more.
     pub(super) fn drop_image_record(&self, by: MoveId, pid: Pid) {
         let dropped = self.nest.drop_label(&format!("{IMAGE}{by}/{pid}"));
         self.log("dropping an image's record", dropped.map(drop));
+        self.forget_unused(by, pid);
     }
+
+    /// There is no such image any more, and there will be none.
+    pub(super) fn forget_unused(&self, by: MoveId, pid: Pid) {
+        let dropped = self.nest.drop_soon(&unused_label(by, pid));
+        self.log("dropping what was noted of an image", dropped);
+    }
+}
+
+/// Under which label it is kept that an image is not needed any more.
+pub(super) fn unused_label(by: MoveId, pid: Pid) -> String {
+    format!("{UNUSED}{by}/{pid}")
 }
 
 /// All that init keeps of one kind.

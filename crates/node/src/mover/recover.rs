@@ -6,10 +6,12 @@
 //! again as long as its keeper lives; a process whose pages were still elsewhere is served again from its journal.
 
 use super::arrivals::Arrival;
+use super::fates::{Fates, Kept, members};
 use super::keepers::Spent;
 use super::leftovers::ToldOf;
 use super::records::{
-    ARRIVAL, ArrivalRecord, DESTINATION, IMAGE, ImageRecord, KeptDestination, KeptSource, SOURCE, records,
+    ARRIVAL, ArrivalRecord, DESTINATION, IMAGE, ImageRecord, KeptDestination, KeptSource, SOURCE, UNUSED, records,
+    unused_label,
 };
 use super::{Mover, lock, outgoing};
 use crate::capture::held::Abandoned;
@@ -36,11 +38,14 @@ impl Mover {
         // Nothing is swept before it is known who is needed.
         let quiet = lock(&self.destinations);
         self.hide_surrogates();
-        let mut images: BTreeMap<MoveId, Vec<(ImageRecord, i32)>> = BTreeMap::new();
+        let mut images: BTreeMap<MoveId, Vec<Kept>> = BTreeMap::new();
         for record in records::<ImageRecord>(&self.nest, &labels, IMAGE)? {
-            if let Some(host) = self.nest.host_pid(record.keeper)? {
-                self.hidden.insert(record.keeper, HiddenKind::Keeper);
-                images.entry(record.by).or_default().push((record, host));
+            match self.nest.host_pid(record.keeper)? {
+                Some(host) => {
+                    self.hidden.insert(record.keeper, HiddenKind::Keeper);
+                    images.entry(record.by).or_default().push((record, host));
+                }
+                None => self.drop_image_record(record.by, record.pid),
             }
         }
         let destinations = records::<KeptDestination>(&self.nest, &labels, DESTINATION)?;
@@ -55,6 +60,7 @@ impl Mover {
         let undecided: BTreeSet<Pid> = sources.iter().flat_map(|source| parked(&source.record)).collect();
         let told_of = ToldOf::by(&sources, &destinations);
         let mut withdrawn = self.take_up_spaces(&labels, &undecided)?;
+        let unused = self.unused_images(&labels, &sources, &images);
         // Now that pages come, which this may need.
         self.free_the_abandoned(&told_of);
         drop(quiet);
@@ -72,19 +78,15 @@ impl Mover {
         ended.into_iter().for_each(|pid| self.vanished(pid));
         for source in sources {
             let id = source.record.plan.move_id;
-            let images = images.remove(&id).unwrap_or_default();
+            let mut fates = Fates::of(&source, images.remove(&id).unwrap_or_default(), &unused);
+            lock(&self.spent).extend(std::mem::take(&mut fates.over).into_iter().map(spent));
             let pids = parked(&source.record);
             lock(&self.busy).extend(pids.iter().map(|pid| (*pid, id)));
             let theirs = pids.iter().filter_map(|pid| withdrawn.remove_entry(pid)).collect();
-            self.recover_source(source, images, theirs)?;
+            self.recover_source(source, fates, theirs)?;
         }
         // All of their moves is over but that.
-        let over = images.into_values().flatten();
-        lock(&self.spent).extend(over.map(|(image, host)| Spent {
-            by: image.by,
-            pid: image.pid,
-            host,
-        }));
+        lock(&self.spent).extend(images.into_values().flatten().map(spent));
         // They run elsewhere: who holds their pages must hear that nobody here needs them.
         self.hand_over(withdrawn);
         self.begin()
@@ -166,15 +168,34 @@ impl Mover {
         Ok(())
     }
 
-    /// Serves the images of a move again, and goes on with it.
-    fn recover_source(
+    /// Under which labels it is kept that images are not needed; what is kept of moves that are over goes.
+    fn unused_images(
         &self,
-        source: KeptSource,
-        images: Vec<(ImageRecord, i32)>,
-        withdrawn: BTreeMap<Pid, Withdrawn>,
-    ) -> io::Result<()> {
+        labels: &[String],
+        sources: &[KeptSource],
+        images: &BTreeMap<MoveId, Vec<Kept>>,
+    ) -> BTreeSet<String> {
+        let of = |record: &SourceRecord| {
+            let id = record.plan.move_id;
+            members(record).into_iter().map(move |pid| unused_label(id, pid))
+        };
+        let images = images.values().flatten();
+        let known: BTreeSet<String> = (sources.iter().flat_map(|source| of(&source.record)))
+            .chain(images.map(|(image, _)| unused_label(image.by, image.pid)))
+            .collect();
+        let kept = labels.iter().filter(|label| label.starts_with(UNUSED));
+        let (unused, stale): (BTreeSet<String>, BTreeSet<String>) =
+            kept.cloned().partition(|label| known.contains(label));
+        for label in stale {
+            self.log("dropping what was noted of an image", self.nest.drop_soon(&label));
+        }
+        unused
+    }
+
+    /// Serves the images of a move again, and goes on with it.
+    fn recover_source(&self, source: KeptSource, fates: Fates, withdrawn: BTreeMap<Pid, Withdrawn>) -> io::Result<()> {
         let record = &source.record;
-        let id = record.plan.move_id;
+        let (id, destination) = (record.plan.move_id, record.plan.destination);
         if let SourceStage::Image { members, .. } = &record.stage {
             for pid in members.iter().map(|member| member.pid) {
                 // Its keeper still holds the number, as that of a group.
@@ -183,23 +204,17 @@ impl Mover {
                 }
             }
         }
+        tracing::debug!(%id, stage = ?record.stage, ?fates, left = source.left.len(), "a move goes on");
         let (sender, words) = channel();
         lock(&self.sources).insert(id, sender);
         // Who needs them may ask before they are made.
-        for left in &source.left {
-            if let Some(image) = left.image
-                && !images.iter().any(|(known, _)| known.id == image)
-            {
-                self.images.will_come(image);
-            }
+        fates.coming.iter().for_each(|image| self.images.will_come(*image));
+        for pid in &fates.released {
+            self.to_source(id, SourceEvent::Drained(destination, *pid));
         }
-        for (image, keeper) in &images {
+        for (image, keeper) in fates.served() {
             let open = |name: &str| File::open(ProcDir::process(*keeper).path(name));
-            let (mover, pid, destination) = (self.arc(), image.pid, record.plan.destination);
-            if image.unused {
-                self.to_source(id, SourceEvent::Drained(destination, pid));
-                continue;
-            }
+            let (mover, pid) = (self.arc(), image.pid);
             self.images.register(NewImage {
                 id: image.id,
                 mem: open("mem")?,
@@ -214,11 +229,20 @@ impl Mover {
         }
         let mover = self.arc();
         std::thread::Builder::new().name("move again".into()).spawn(move || {
-            outgoing::go_on(&mover, source, images, withdrawn, &words);
+            outgoing::go_on(&mover, source, fates, withdrawn, &words);
             lock(&mover.sources).remove(&id);
             lock(&mover.busy).retain(|_, by| *by != id);
         })?;
         Ok(())
+    }
+}
+
+/// The keeper of an image that nobody needs.
+fn spent((image, host): Kept) -> Spent {
+    Spent {
+        by: image.by,
+        pid: image.pid,
+        host,
     }
 }
 
