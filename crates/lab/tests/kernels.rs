@@ -66,7 +66,7 @@ impl<'a> Traveller<'a> {
             "{name}, to {to}: {report}"
         );
         home.must(&format!(
-            "dunlin ps >/tmp/ps; grep '^{pid} .* {to} ' /tmp/ps || {{ cat /tmp/ps; dunlin logs {pid} | grep -v ^round; false; }}"
+            "dunlin ps >/tmp/ps; grep '^ *{pid} .* {to} ' /tmp/ps || {{ cat /tmp/ps; dunlin logs {pid} | grep -v ^round; false; }}"
         ));
         let words = format!("dunlin logs {pid} | grep -c '^{word} '");
         let before: u64 = home.does(&words).said.trim().parse().unwrap_or(0);
