@@ -4,8 +4,8 @@ mod support;
 
 use dunlin_lab::harness::{NotMoved, request};
 use dunlin_lab::{Lab, Options};
-use std::sync::mpsc::channel;
 use support::Workshop;
+use support::fuse::while_fused;
 use support::obedient::{Obedient, obedient_spec};
 use support::outside::{Outside, PYTHON, addresses, nothing_was_broken};
 
@@ -228,35 +228,7 @@ fn killed(name: &str, of_source: bool, stride: u64) {
         }
         let pid = server.pid.to_string();
         let words = ["--node", "n3", "move", &pid, to, "--wait", "resumed"];
-        let fused = lab.daemon(dies);
-        let (moved, survived) = std::thread::scope(|scope| {
-            // Whichever comes first: the daemon's end, or the move's.
-            let (over, first) = channel();
-            let daemon_is = over.clone();
-            if let Some(daemon) = fused {
-                scope.spawn(move || {
-                    daemon.until_ended();
-                    let _ = daemon_is.send(());
-                });
-            }
-            let (lab, words) = (&lab, &words);
-            let moving = scope.spawn(move || {
-                let moved = lab.dunlin(words);
-                let _ = over.send(());
-                moved
-            });
-            if fused.is_some() {
-                first.recv().expect("both tell of their end");
-            }
-            let survived = fused.is_some_and(|daemon| daemon.is_alive());
-            // It may be at its last step just now.
-            if let Some(daemon) = fused {
-                daemon.kill();
-                daemon.until_ended();
-            }
-            lab.start_daemon(dies);
-            (moving.join().unwrap().status.success(), survived)
-        });
+        let (moved, survived) = while_fused(&lab, dies, None, || lab.dunlin(&words).status.success());
         for (index, said) in said.iter().enumerate() {
             assert_eq!(
                 server.ask("(s, peer, got) = greet(0)"),

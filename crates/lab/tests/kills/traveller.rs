@@ -5,6 +5,7 @@
 //! daemon is killed. Every wait has an end: a program that has ended is not waited for.
 
 use crate::support::Workshop;
+use crate::support::fuse::while_fused;
 use crate::support::obedient::Obedient;
 use dunlin_lab::harness::request;
 use dunlin_lab::{Lab, Options};
@@ -237,42 +238,11 @@ impl Traveller {
         let lab = &self.lab;
         lab.signal_daemon(killed, 9);
         lab.start_daemon_with_fuse(killed, steps);
-        let fused = lab.daemon(killed);
-        std::thread::scope(|scope| {
-            // Whichever comes first: the daemon's end, or the move's.
-            let (over, first) = channel();
-            let daemon_is = over.clone();
-            if let Some(daemon) = fused {
-                scope.spawn(move || {
-                    daemon.until_ended();
-                    let _ = daemon_is.send(());
-                });
-            }
-            // The move may have to wait for the daemon that comes next.
-            let moving = scope.spawn(move || {
-                let moved = self.move_to(to);
-                let _ = over.send(());
-                moved
-            });
-            if fused.is_some() {
-                first.recv().expect("both tell of their end");
-            }
-            let lives = fused.is_some_and(|daemon| daemon.is_alive());
-            // It may be at its last step just now.
-            if let Some(daemon) = fused {
-                daemon.kill();
-                daemon.until_ended();
-            }
-            if let Some(node) = with_it {
-                lab.signal_daemon(node, 9);
-            }
-            lab.start_daemons(&with_it.into_iter().chain([killed]).collect::<Vec<_>>());
-            match (moving.join().unwrap(), lives) {
-                (_, false) => Outlived::No,
-                (Ok(()), true) => Outlived::Moved,
-                (Err(why), true) => Outlived::Refused(why),
-            }
-        })
+        match while_fused(lab, killed, with_it, || self.move_to(to)) {
+            (_, false) => Outlived::No,
+            (Ok(()), true) => Outlived::Moved,
+            (Err(why), true) => Outlived::Refused(why),
+        }
     }
 
     /// Moves it, and kills a daemon when so much time has passed, or when the move is over before.

@@ -5,6 +5,7 @@
 
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub mod fuse;
 pub mod machine;
 pub mod obedient;
 pub mod outside;
