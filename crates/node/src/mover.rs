@@ -26,6 +26,7 @@ mod rebuild;
 mod records;
 mod recover;
 mod relatives;
+mod reports;
 mod second_hand;
 mod still;
 mod survivors;

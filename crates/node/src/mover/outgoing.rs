@@ -5,7 +5,7 @@
 
 use super::fates::Fates;
 use super::payload::{self, Proposal};
-use super::progress::{Times, phase};
+use super::progress::Times;
 use super::records::{KeptSource, Left};
 use super::{Mover, Word, lock, random};
 use crate::capture::freeze::Frozen;
@@ -16,15 +16,13 @@ use crate::sockets::leaving::Leaving;
 use crate::steps;
 use dunlin_cluster::relocation::Limits;
 use dunlin_cluster::relocation::home::HomeEvent;
-use dunlin_cluster::relocation::source::{
-    Plan, SourceAction, SourceEvent, SourceMove, SourceRecord, SourceReport, SourceStage, WhyNot,
-};
+use dunlin_cluster::relocation::source::{Plan, SourceAction, SourceEvent, SourceMove, SourceRecord, SourceStage};
 use dunlin_proto::control::{
-    Failure, FailureKind, MoveMode, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, Side, WaitFor,
+    Failure, FailureKind, MoveMode, MovePhase, MoveProgress, MoveReport, MoveRequest, Obstacle, WaitFor,
 };
 use dunlin_proto::ids::{ImageId, MoveId, Pid};
 use dunlin_proto::image::Plan as ProcessPlan;
-use dunlin_proto::relocation::{Claim, DestinationToSource, LeaseRefusal};
+use dunlin_proto::relocation::{Claim, DestinationToSource};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -482,63 +480,6 @@ impl<'a> Outgoing<'a> {
         }
     }
 
-    fn reported(&mut self, report: SourceReport) -> Result<(), MoveOutcome> {
-        match report {
-            SourceReport::Failed(why) => {
-                // An abort that this node has not heard of: known now, so that the next attempt is leased.
-                if let WhyNot::NotLeased(LeaseRefusal::Incarnation { pid, actual }) = &why {
-                    let claim = Claim {
-                        pid: *pid,
-                        incarnation: *actual,
-                    };
-                    self.mover.decide(HomeEvent::Raise(vec![claim]));
-                }
-                self.take_images_back();
-                self.let_on();
-                let message = format!(
-                    "process {} was not moved: {why}; it runs on {}",
-                    self.request.pid, self.mover.config.name
-                );
-                let kind = match why {
-                    WhyNot::Refused(obstacles) => {
-                        self.failed = Some(MoveOutcome::Refused(obstacles));
-                        return Ok(());
-                    }
-                    WhyNot::HomeSilent(_) | WhyNot::DestinationLost(_) => FailureKind::Unreachable,
-                    WhyNot::SourceRestarted | WhyNot::Cancelled => FailureKind::Other,
-                    WhyNot::NotLeased(_)
-                    | WhyNot::EndedByHome
-                    | WhyNot::DestinationFailed(_)
-                    | WhyNot::SourceFailed(_) => FailureKind::MoveFailed,
-                };
-                self.failed = Some(MoveOutcome::Failed(failure(kind, message, None)));
-            }
-            SourceReport::Committed => {
-                // What is still fetched from here is its image: the process itself may come back meanwhile.
-                let by = self.plan.move_id;
-                lock(&self.mover.busy).retain(|_, other| *other != by);
-                self.progress(MovePhase::Commit);
-            }
-            SourceReport::Resumed => {
-                self.tight = false;
-                self.sockets.hand_over(&self.mover.edge, self.plan.destination);
-                self.times.steps = steps::take(Side::Source);
-                let now = Instant::now();
-                self.times.resumed = Some(self.times.resumed_heard.unwrap_or(now));
-                self.events.append(&mut self.early);
-                self.progress(MovePhase::Resume);
-                if self.request.wait == WaitFor::Resumed {
-                    self.finish_moved();
-                }
-            }
-            SourceReport::Drained => {
-                self.times.drained = Some(Instant::now());
-                self.finish_moved();
-            }
-        }
-        Ok(())
-    }
-
     /// The members that have been looked at, stopped or running.
     pub(super) fn looked_at(&self) -> impl Iterator<Item = &Source> {
         let stopped = self.frozen.iter().map(|frozen| &frozen.source);
@@ -548,52 +489,6 @@ impl<'a> Outgoing<'a> {
     /// What the destination is told of them.
     fn plans(&self) -> impl Iterator<Item = &ProcessPlan> {
         self.looked_at().map(|source| &source.plan)
-    }
-
-    /// Nobody has been told anything yet that holds: all run on, if they have been stopped at all.
-    fn let_on(&mut self) {
-        match self.frozen.is_empty() {
-            true => self.sources.drain(..).for_each(Source::abandon),
-            false => self.thaw(),
-        }
-    }
-
-    fn finish_moved(&mut self) {
-        let reports = self.party.iter().map(|(pid, _)| {
-            let drain = self.mover.drain_of(*pid, self.plan.destination);
-            self.mover.report(
-                *pid,
-                self.plan.destination,
-                self.request.mode,
-                &self.times,
-                drain.as_ref(),
-                drain.as_ref().and_then(|d| d.verified_pages),
-            )
-        });
-        let reports = reports.collect();
-        self.finish(MoveOutcome::Moved(reports));
-    }
-
-    pub(super) fn finish(&mut self, outcome: MoveOutcome) {
-        if !std::mem::replace(&mut self.told, true) {
-            let _ = self.reporter.send(Report::Outcome(outcome));
-        }
-    }
-
-    fn report_drain(&self) {
-        if let Some(drain) = self.mover.drain_of(self.request.pid, self.plan.destination) {
-            let _ = self.reporter.send(Report::Progress(MoveProgress {
-                pid: self.request.pid,
-                phase: MovePhase::Drain,
-                pages_left: drain.pages_left,
-                pages_total: drain.pages_total,
-                bytes_per_second: drain.bytes_per_second,
-            }));
-        }
-    }
-
-    pub(super) fn progress(&self, at: MovePhase) {
-        let _ = self.reporter.send(Report::Progress(phase(self.request.pid, at)));
     }
 
     /// A comparison of everything takes its time.
