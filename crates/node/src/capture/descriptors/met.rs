@@ -98,13 +98,13 @@ impl Met {
     /// Do descriptors share descriptions now as they did when they were described? Two numbers of one file can come to
     /// share one, or cease to, without anything to be seen in a glimpse of either.
     pub(crate) fn share_as(&mut self, host: i32, glimpses: &[Glimpse], files: &Files) -> io::Result<bool> {
-        let mut same = true;
         for (glimpse, descriptor) in glimpses.iter().zip(&files.table) {
-            if !glimpse.names_one() {
-                same &= self.key(host, glimpse)? == files.descriptions[descriptor.description as usize].key;
+            let key = files.descriptions[descriptor.description as usize].key;
+            if !glimpse.names_one() && self.key(host, glimpse)? != key {
+                return Ok(false);
             }
         }
-        Ok(same)
+        Ok(true)
     }
 }
 

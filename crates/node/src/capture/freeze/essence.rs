@@ -224,11 +224,11 @@ impl Frozen {
         // What was closed while the plan was made is not in it, even if the same is open again.
         let same = glimpses == source.glimpses
             && glimpses.len() == planned.table.len()
-            && met.share_as(source.host, &glimpses, planned)?
-            && !planned
+            && planned
                 .descriptions
                 .iter()
-                .any(|description| description.owner.is_some());
+                .all(|description| description.owner.is_none())
+            && met.share_as(source.host, &glimpses, planned)?;
         if same && !descriptors::is_volatile(planned) {
             descriptors::shared_since(&owner, &glimpses, planned, obstacles)?;
             return Ok(None);
