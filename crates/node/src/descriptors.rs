@@ -71,7 +71,7 @@ impl Look<'_> {
     pub fn is_there(&self) -> io::Result<bool> {
         match self.handle() {
             Ok(handle) => {
-                let now = Glimpse::of(&own(), handle.as_raw_fd())?;
+                let now = Glimpse::of(&ProcDir::own(), handle.as_raw_fd())?;
                 Ok(now.is_some_and(|now| now.is_like(self.glimpse)))
             }
             // EBADF, ESRCH: it is closed, or the process has ended, which others will find out.
@@ -88,7 +88,7 @@ impl Look<'_> {
     /// Its fdinfo as it is now, without what is the process's own (locks of the kind `POSIX`). What is to be compared with a
     /// later glimpse is taken from this one instead: the program runs while the plan is made.
     pub fn info(&self) -> io::Result<String> {
-        own().text(&format!("fdinfo/{}", self.handle()?.as_raw_fd()))
+        ProcDir::own().text(&format!("fdinfo/{}", self.handle()?.as_raw_fd()))
     }
 
     /// It cannot move.
@@ -97,8 +97,4 @@ impl Look<'_> {
         let obstacle = obstacle::descriptor(self.pid, self.glimpse.number, what, why, hint);
         Ok(Err(Box::new(obstacle)))
     }
-}
-
-fn own() -> ProcDir {
-    ProcDir::process(std::process::id() as i32)
 }

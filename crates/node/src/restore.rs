@@ -210,7 +210,7 @@ pub fn examine(plan: &Plan, root: &OwnedFd, shared: &[PathBuf]) -> Vec<Obstacle>
             look(file, flags, if writes { Use::Identity } else { Use::Content });
         }
     }
-    let own = ProcDir::process(std::process::id() as i32);
+    let own = ProcDir::own();
     let here = space::listing(&own).and_then(|all| space::vdso_hash(&own, &all));
     if here.is_ok_and(|hash| hash != space.vdso_hash) {
         obstacles.push(crate::obstacle::obstacle(

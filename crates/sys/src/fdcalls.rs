@@ -58,7 +58,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     fn info(fd: &OwnedFd) -> String {
-        let own = ProcDir::process(std::process::id() as i32);
+        let own = ProcDir::own();
         own.text(&format!("fdinfo/{}", fd.as_raw_fd())).unwrap()
     }
 

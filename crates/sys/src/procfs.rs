@@ -85,6 +85,11 @@ impl ProcDir {
         ProcDir(format!("/proc/{pid}").into())
     }
 
+    /// That of the caller's process.
+    pub fn own() -> ProcDir {
+        ProcDir::process(std::process::id() as i32)
+    }
+
     /// `/proc/PID/task/TID`.
     pub fn thread(pid: i32, tid: i32) -> ProcDir {
         ProcDir(format!("/proc/{pid}/task/{tid}").into())

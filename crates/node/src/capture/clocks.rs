@@ -16,9 +16,7 @@ pub fn clocks(dir: &ProcDir) -> [i64; 2] {
 /// How far the clocks of a process are ahead of this daemon's, nanoseconds. See time_namespaces(7).
 pub fn clock_offsets(dir: &ProcDir) -> [i64; 2] {
     let [monotonic, boottime] = time_offsets(&dir.text("timens_offsets").unwrap_or_default());
-    let own = ProcDir::process(std::process::id() as i32)
-        .text("timens_offsets")
-        .unwrap_or_default();
+    let own = ProcDir::own().text("timens_offsets").unwrap_or_default();
     let [own_monotonic, own_boottime] = time_offsets(&own);
     [monotonic - own_monotonic, boottime - own_boottime]
 }

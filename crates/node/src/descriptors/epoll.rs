@@ -345,7 +345,7 @@ impl Set<'_> {
                 break;
             }
         }
-        let own = dunlin_sys::procfs::ProcDir::process(std::process::id() as i32);
+        let own = dunlin_sys::procfs::ProcDir::own();
         let text = own
             .text(&format!("fdinfo/{}", set.as_raw_fd()))
             .during(pid, "reading an epoll set")?;

@@ -53,7 +53,7 @@ mod tests {
             let fd = make(5, semaphore, OFlags::empty()).unwrap();
             for (from, to) in [(5, 9), (9, 2), (2, 0), (0, 1)] {
                 change(&fd, from, to).unwrap();
-                let own = dunlin_sys::procfs::ProcDir::process(std::process::id() as i32);
+                let own = dunlin_sys::procfs::ProcDir::own();
                 let text = own.text(&format!("fdinfo/{}", std::os::fd::AsRawFd::as_raw_fd(&fd)));
                 assert_eq!(special::event(&text.unwrap()).unwrap(), (to, semaphore));
             }

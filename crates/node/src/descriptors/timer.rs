@@ -194,7 +194,7 @@ mod tests {
     use std::os::fd::AsRawFd;
 
     fn info(fd: &OwnedFd) -> special::Timer {
-        let own = ProcDir::process(std::process::id() as i32);
+        let own = ProcDir::own();
         special::timer(&own.text(&format!("fdinfo/{}", fd.as_raw_fd())).unwrap()).unwrap()
     }
 

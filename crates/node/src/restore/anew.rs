@@ -136,11 +136,8 @@ fn set_clocks(
     if answer < 0 {
         return Err(dunlin_sys::Errno(-answer as i32)).during(pid, "making a time namespace");
     }
-    let [own_monotonic, own_boottime] = crate::capture::time_offsets(
-        &ProcDir::process(std::process::id() as i32)
-            .text("timens_offsets")
-            .unwrap_or_default(),
-    );
+    let [own_monotonic, own_boottime] =
+        crate::capture::time_offsets(&ProcDir::own().text("timens_offsets").unwrap_or_default());
     let line = |clock: &str, ns: i64| {
         format!(
             "{clock} {} {}\n",

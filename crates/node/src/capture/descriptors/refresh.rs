@@ -72,7 +72,7 @@ pub fn refresh(
         flying: BTreeMap::new(),
     };
     let (dir, own) = (ProcDir::process(owner.host), std::process::id() as i32);
-    let own_dir = ProcDir::process(own);
+    let own_dir = ProcDir::own();
     let mut index = 0;
     // It grows.
     while index < files.descriptions.len() {
@@ -168,7 +168,7 @@ impl Refresher<'_> {
     /// them.
     fn in_flight(&mut self, fd: OwnedFd, files: &mut Files) -> io::Result<Result<u64, Refusal>> {
         let own = std::process::id() as i32;
-        let dir = ProcDir::process(own);
+        let dir = ProcDir::own();
         let glimpse = Glimpse::of(&dir, fd.as_raw_fd())?.ok_or(io::ErrorKind::NotFound)?;
         let key = self.met.key(own, &glimpse)?;
         self.met.hold(fd);
